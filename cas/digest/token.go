@@ -1,0 +1,31 @@
+package digest
+
+import (
+	"encoding/base64"
+	"fmt"
+	"strings"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+)
+
+// Token is the space as one NATS subject token, which is also a legal KV key part and file name:
+// the function, and for a named instance a dash and its unpadded base64url.
+func (s Space) Token() string {
+	if s.instance == "" {
+		return s.function.String()
+	}
+	return s.function.String() + "-" + base64.RawURLEncoding.EncodeToString([]byte(s.instance))
+}
+
+// ParseToken is the inverse of Token. The error wraps ErrInvalid.
+func ParseToken(token string) (Space, error) {
+	function, encoded, named := strings.Cut(token, "-")
+	if function != SHA256.String() {
+		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
+	}
+	instance, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
+	if err != nil || (named && len(instance) == 0) {
+		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
+	}
+	return SpaceOf(string(instance), repb.DigestFunction_SHA256, "")
+}
