@@ -1,0 +1,99 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"google.golang.org/genproto/googleapis/rpc/code"
+)
+
+// MaxList is the most operations that List returns at once.
+const MaxList = 500
+
+// List returns up to limit operations, oldest change first, and the token of the next page, which is
+// "" after the last. The error wraps ErrInvalid for a token that List did not give.
+func (c *Client) List(ctx context.Context, limit int, token string) (ops []*Operation, next string, err error) {
+	sequence := uint64(1)
+	if token != "" {
+		if sequence, err = strconv.ParseUint(token, 10, 64); err != nil || sequence == 0 {
+			return nil, "", fmt.Errorf("%w: page token %.64q was not given by this service", ErrInvalid, token)
+		}
+	}
+	for limit = min(max(limit, 1), MaxList); limit > 0; limit-- {
+		msg, err := c.after(ctx, sequence)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return ops, "", nil
+		}
+		if err != nil {
+			return nil, "", err
+		}
+		sequence = msg.Sequence + 1
+		r, err := decodeRecord(msg.Data)
+		if err != nil {
+			c.log.WarnContext(ctx, "unreadable operation", "sequence", msg.Sequence, "err", err)
+			continue
+		}
+		op, err := r.snapshot(msg.Sequence)
+		if err != nil {
+			return nil, "", err
+		}
+		ops = append(ops, op)
+	}
+	if _, err := c.after(ctx, sequence); errors.Is(err, jetstream.ErrMsgNotFound) {
+		return ops, "", nil
+	}
+	return ops, strconv.FormatUint(sequence, 10), nil
+}
+
+// after returns the first record at or after a sequence.
+func (c *Client) after(ctx context.Context, sequence uint64) (*jetstream.RawStreamMsg, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+	defer cancel()
+	msg, err := c.operations.GetMsg(ctx, sequence, jetstream.WithGetMsgSubject(operationSubject+"*"))
+	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, unavailable(cause(ctx, err))
+	}
+	return msg, err
+}
+
+// Cancel ends an operation with the status CANCELLED for everyone who watches it. A queued one will
+// not run, a running one is killed by its worker. It is nil when the operation is already done.
+func (c *Client) Cancel(ctx context.Context, operation string) error {
+	rec, _, err := c.update(ctx, operation, func(r *record) error {
+		if r.done() {
+			return errUnchanged
+		}
+		r.finish(code.Code_CANCELLED, "the operation was cancelled")
+		return nil
+	})
+	if errors.Is(err, errUnchanged) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ctx, cancel := detach(ctx, settleBound)
+	defer cancel()
+	c.releaseFlight(ctx, rec)
+	// What is not purged is found to be done by the worker that gets it.
+	if err := c.jobs.Purge(ctx, jetstream.WithPurgeSubject(jobSubjectOf(rec))); err != nil {
+		c.log.WarnContext(ctx, "remove cancelled job", "operation", operation, "err", err)
+	}
+	return nil
+}
+
+// Delete forgets a finished operation, or one that still runs, without cancelling it.
+func (c *Client) Delete(ctx context.Context, operation string) error {
+	if _, _, err := c.read(ctx, operation); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+	defer cancel()
+	if err := c.operations.Purge(ctx, jetstream.WithPurgeSubject(operationSubject+operation)); err != nil {
+		return unavailable(cause(ctx, err))
+	}
+	return nil
+}

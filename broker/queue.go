@@ -1,0 +1,283 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"golang.org/x/sync/errgroup"
+)
+
+// Queue is a worker's end of the job queue. Run keeps its leases and its registration alive; Next
+// takes one job at a time, so a worker calls it only when it has room for one.
+//
+// Every pool has a durable consumer per lane. Next asks them in turn without waiting and sleeps,
+// when all are empty, until a submitter rings one of its pools or a second has passed. Rejected:
+// long polls on several consumers at once, which deliver more jobs than were asked for.
+type Queue struct {
+	c    *Client
+	self WorkerInfo
+
+	mu       sync.Mutex
+	leases   map[*Lease]struct{} // guarded by mu
+	draining bool                // guarded by mu
+
+	sweeps int // used by Next alone
+}
+
+// idleSweep is how long an idle worker sleeps when nobody rings: a job that was redelivered rings
+// for nobody.
+const idleSweep = time.Second
+
+// pullBound is how long the broker may take to answer a pull.
+const pullBound = 5 * time.Second
+
+// fromLast is how many sweeps begin with the first lane before one begins with the last, so that a
+// full first lane leaves the others a share.
+const fromLast = 8
+
+// Queue returns the queue as the worker self sees it. Its name must be a valid subject token.
+func (c *Client) Queue(self WorkerInfo) *Queue {
+	self.Incarnation, self.Started = newName(), time.Now().UTC()
+	return &Queue{c: c, self: self, leases: map[*Lease]struct{}{}}
+}
+
+// Run renews the leases and the registration until ctx ends, and then removes the registration. It
+// must go on until the last lease is settled or returned.
+func (q *Queue) Run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return q.every(ctx, q.c.ackWait/3, q.renew) })
+	group.Go(func() error { return q.every(ctx, workerBeat, q.register) })
+	err := group.Wait()
+	gone, cancel := detach(ctx, requestTimeout)
+	defer cancel()
+	if err := q.c.registry.Delete(gone, q.self.Name); err != nil {
+		q.c.log.WarnContext(gone, "leave the worker registry", "worker", q.self.Name, "err", err)
+	}
+	return err
+}
+
+// Drain makes the registry say that this worker takes no more jobs.
+func (q *Queue) Drain(ctx context.Context) {
+	q.mu.Lock()
+	q.draining = true
+	q.mu.Unlock()
+	q.register(ctx)
+}
+
+func (q *Queue) every(ctx context.Context, interval time.Duration, do func(context.Context)) error {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		do(ctx)
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+func (q *Queue) register(ctx context.Context) {
+	q.mu.Lock()
+	info := q.self
+	info.Busy, info.Draining = len(q.leases), q.draining
+	q.mu.Unlock()
+	value, err := json.Marshal(info)
+	if err == nil {
+		ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+		defer cancel()
+		_, err = q.c.registry.Put(ctx, info.Name, value)
+	}
+	if err != nil && ctx.Err() == nil {
+		q.c.log.WarnContext(ctx, "report to the worker registry", "worker", info.Name, "err", err)
+	}
+}
+
+// renew tells the broker that every leased job is in progress.
+func (q *Queue) renew(ctx context.Context) {
+	q.mu.Lock()
+	leases := make([]*Lease, 0, len(q.leases))
+	for l := range q.leases {
+		leases = append(leases, l)
+	}
+	q.mu.Unlock()
+	for _, l := range leases {
+		if err := q.c.nc.Publish(l.ack, ackInProgress); err != nil {
+			q.c.log.WarnContext(ctx, "renew lease", "operation", l.record.Operation, "err", err)
+		}
+	}
+}
+
+// Next returns the next job that this worker may run, and waits for one until ctx ends. An
+// unreachable broker is no error: Next waits.
+func (q *Queue) Next(ctx context.Context) (*Lease, error) {
+	bells := bells{q: q}
+	defer bells.stop(ctx)
+	for {
+		pools, changed := q.c.view.serves(q.self.Platform)
+		lease, err := q.sweep(ctx, pools)
+		if lease != nil || ctx.Err() != nil {
+			if lease != nil && ctx.Err() != nil {
+				lease.giveBack(ctx)
+			}
+			return q.unlessDone(ctx, lease)
+		}
+		if err != nil {
+			q.c.log.WarnContext(ctx, "take a job", "err", err)
+		} else if bells.listen(ctx, pools) {
+			continue // a job may have come before the bell was heard
+		}
+		timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep))
+		select {
+		case <-ctx.Done():
+		case <-bells.rung:
+		case <-changed:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+func (q *Queue) unlessDone(ctx context.Context, lease *Lease) (*Lease, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return lease, nil
+}
+
+// sweep asks each lane of each pool for a job.
+func (q *Queue) sweep(ctx context.Context, pools []string) (*Lease, error) {
+	q.sweeps++
+	var failed error
+	for i := range lanes {
+		lane := i
+		if q.sweeps%fromLast == 0 {
+			lane = lanes - 1 - i
+		}
+		for n := range pools {
+			lease, err := q.pull(ctx, consumerName(pools[(n+q.sweeps)%len(pools)], lane))
+			if lease != nil {
+				return lease, nil
+			}
+			failed = errors.Join(failed, err)
+		}
+	}
+	return nil, failed
+}
+
+var (
+	pullRequest   = []byte(`{"batch":1,"no_wait":true}`)
+	ackInProgress = []byte("+WPI")
+	ackDone       = []byte("+ACK")
+)
+
+// pull takes one job from a consumer, or none. It finishes although ctx ends: a job that is
+// delivered to nobody is lost to all until AckWait has passed.
+func (q *Queue) pull(ctx context.Context, consumer string) (*Lease, error) {
+	ctx, cancel := detach(ctx, pullBound)
+	defer cancel()
+	msg, err := q.c.nc.RequestWithContext(ctx, "$JS.API.CONSUMER.MSG.NEXT."+jobsStream+"."+consumer, pullRequest)
+	if errors.Is(err, nats.ErrNoResponders) {
+		return nil, nil //nolint:nilnil // no such consumer now is no job
+	}
+	if err != nil {
+		return nil, unavailable(err)
+	}
+	if msg.Header.Get("Status") != "" || msg.Reply == "" {
+		return nil, nil //nolint:nilnil // the consumer has no job for now
+	}
+	return q.lease(ctx, msg)
+}
+
+func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {
+	r, err := decodeRecord(msg.Data)
+	if err == nil {
+		_, err = r.Action.digest()
+	}
+	if err != nil {
+		// No worker will ever understand it; its operation, if there is one, is mended by its watchers.
+		q.c.log.ErrorContext(ctx, "unreadable job removed", "subject", msg.Subject, "err", err)
+		return nil, errors.Join(q.c.nc.Publish(msg.Reply, []byte("+TERM")))
+	}
+	metadata, err := msg.Metadata()
+	if err != nil {
+		return nil, fmt.Errorf("job %s: %w", r.Operation, err)
+	}
+	l := &Lease{q: q, record: r, ack: msg.Reply, first: metadata.NumDelivered == 1}
+	if err := q.c.nc.Publish(l.ack, ackInProgress); err != nil {
+		return nil, unavailable(err)
+	}
+	q.mu.Lock()
+	q.leases[l] = struct{}{}
+	q.mu.Unlock()
+	return l, nil
+}
+
+func (q *Queue) forget(l *Lease) {
+	q.mu.Lock()
+	delete(q.leases, l)
+	q.mu.Unlock()
+}
+
+// bells listens for submitters while a worker is idle. A bell rings for one idle worker only; one
+// that rang for nothing is passed on.
+type bells struct {
+	q     *Queue
+	rung  chan *nats.Msg
+	subs  []*nats.Subscription
+	pools []string
+}
+
+// listen subscribes to the bells of pools and tells whether it had not yet listened to all of them.
+func (b *bells) listen(ctx context.Context, pools []string) bool {
+	if b.rung != nil && slices.Equal(b.pools, pools) {
+		return false
+	}
+	b.unsubscribe(ctx)
+	if b.rung == nil {
+		b.rung = make(chan *nats.Msg, bellBuffer)
+	}
+	for _, pool := range pools {
+		sub, err := b.q.c.nc.ChanQueueSubscribe(bellSubject+pool, "workers", b.rung)
+		if err != nil {
+			b.q.c.log.WarnContext(ctx, "listen for jobs", "pool", pool, "err", err)
+			continue
+		}
+		b.subs = append(b.subs, sub)
+	}
+	b.pools = pools
+	return true
+}
+
+// bellBuffer is how many bells may ring between two looks; more need not be heard.
+const bellBuffer = 64
+
+func (b *bells) unsubscribe(ctx context.Context) {
+	for _, sub := range b.subs {
+		if err := sub.Unsubscribe(); err != nil && !b.q.c.nc.IsClosed() {
+			b.q.c.log.WarnContext(ctx, "stop listening for jobs", "subject", sub.Subject, "err", err)
+		}
+	}
+	b.subs = nil
+}
+
+func (b *bells) stop(ctx context.Context) {
+	b.unsubscribe(ctx)
+	for {
+		select {
+		case msg := <-b.rung:
+			if err := b.q.c.nc.Publish(msg.Subject, nil); err != nil {
+				return
+			}
+		default:
+			return
+		}
+	}
+}

@@ -1,0 +1,129 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// settleBound is how long a step that must be finished may go on after its caller has left.
+const settleBound = 10 * time.Second
+
+// errConflict reports a compare-and-set that found another sequence.
+var errConflict = errors.New("wrong last sequence")
+
+// read returns the record of an operation and its revision. The error wraps ErrNotFound.
+func (c *Client) read(ctx context.Context, operation string) (*record, uint64, error) {
+	if !validName(operation) {
+		return nil, 0, fmt.Errorf("%w: %.64q", ErrNotFound, operation)
+	}
+	msg, err := c.last(ctx, c.operations, operationSubject+operation)
+	if err != nil {
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return nil, 0, fmt.Errorf("%w: %s", ErrNotFound, operation)
+		}
+		return nil, 0, fmt.Errorf("read operation %s: %w", operation, err)
+	}
+	r, err := decodeRecord(msg.Data)
+	if err != nil {
+		return nil, 0, fmt.Errorf("operation %s: %w", operation, err)
+	}
+	return r, msg.Sequence, nil
+}
+
+// last returns the last message of a subject, or jetstream.ErrMsgNotFound.
+func (c *Client) last(ctx context.Context, s jetstream.Stream, subject string) (*jetstream.RawStreamMsg, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+	defer cancel()
+	msg, err := s.GetLastMsgForSubject(ctx, subject)
+	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, unavailable(cause(ctx, err))
+	}
+	return msg, err
+}
+
+// write stores r as the successor of revision (0 for a new operation) and returns its own revision.
+// It returns errConflict when the operation has moved on, in which case nothing was stored.
+func (c *Client) write(ctx context.Context, r *record, revision uint64) (uint64, error) {
+	r.Updated = time.Now().UTC()
+	payload, err := r.encode()
+	if err != nil {
+		return 0, err
+	}
+	msg := &nats.Msg{Subject: operationSubject + r.Operation, Data: payload}
+	options := []jetstream.PublishOpt{jetstream.WithExpectLastSequencePerSubject(revision)}
+	if r.done() {
+		options = append(options, jetstream.WithMsgTTL(retention))
+	}
+	return c.publish(ctx, msg, options...)
+}
+
+// publish stores one message and returns its sequence.
+func (c *Client) publish(ctx context.Context, msg *nats.Msg, options ...jetstream.PublishOpt) (uint64, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+	defer cancel()
+	ack, err := c.js.PublishMsg(ctx, msg, options...)
+	if err == nil {
+		return ack.Sequence, nil
+	}
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		switch api.ErrorCode {
+		case jetstream.JSErrCodeStreamWrongLastSequence, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
+			return 0, errConflict
+		case storeFailed:
+			return 0, fmt.Errorf("%w: %s", errStoreFailed, api.Description)
+		}
+	}
+	return 0, unavailable(cause(ctx, err))
+}
+
+// storeFailed is the server's code for a message that a stream's limits refuse.
+const storeFailed jetstream.ErrorCode = 10077
+
+var errStoreFailed = errors.New("stream limit reached")
+
+// update changes the record of an operation by compare-and-set. change gets the current record and
+// may refuse with an error, which update returns; it is called again when another writer was first,
+// also when that writer was an earlier try of this call whose answer was lost.
+func (c *Client) update(ctx context.Context, operation string, change func(*record) error) (*record, uint64, error) {
+	for attempt := 0; ; attempt++ {
+		r, revision, err := c.read(ctx, operation)
+		if err == nil {
+			if err := change(r); err != nil {
+				return r, revision, err
+			}
+			if revision, err = c.write(ctx, r, revision); err == nil {
+				return r, revision, nil
+			}
+		}
+		if !errors.Is(err, errConflict) && !errors.Is(err, ErrUnavailable) {
+			return nil, 0, err
+		}
+		if attempt >= maxTries {
+			return nil, 0, fmt.Errorf("%w: operation %s could not be updated: %w", ErrUnavailable, operation, err)
+		}
+		if err := pause(ctx, attempt); err != nil {
+			return nil, 0, err
+		}
+	}
+}
+
+// maxTries bounds the repetitions of a step that races with others or meets a broker that is moving.
+const maxTries = 8
+
+// cause prefers the reason why ctx ended over the library's words for it, unless a deadline of our
+// own ended it.
+func cause(ctx context.Context, err error) error {
+	if ctx.Err() == nil {
+		return err
+	}
+	if c := context.Cause(ctx); !errors.Is(err, c) {
+		return c
+	}
+	return err
+}

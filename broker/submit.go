@@ -1,0 +1,297 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"google.golang.org/genproto/googleapis/rpc/code"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// Request is an action to execute.
+type Request struct {
+	Action   digest.Digest
+	Platform Platform
+	// Priority is REAPI's: a lower one runs sooner.
+	Priority        int32
+	SkipCacheLookup bool
+	// DoNotCache keeps the request from joining an equal one.
+	DoNotCache bool
+	Metadata   *repb.RequestMetadata
+	// Confirm is called when this request has become the one in flight for its action and before
+	// anything is queued; its error ends Submit, which returns it as it is. It is the place to look
+	// into the action cache again: an equal action may have ended since the first look.
+	Confirm func(context.Context) error
+}
+
+// maxMetadata bounds the client's metadata that travels with an operation.
+const maxMetadata = 8 << 10
+
+// maxInvocation bounds the invocation id that is kept for listings.
+const maxInvocation = 128
+
+// flightGrace is how long a flight without a record is taken for one that is just being made.
+const flightGrace = 10 * time.Second
+
+// Submit queues an action and returns the name of its operation, or of an equal one in flight, which
+// runs for both. Once it returns a name, the operation ends in a terminal state whatever happens to
+// this process. The error wraps ErrInvalid, ErrNoWorker, ErrQueueFull or ErrUnavailable, or is
+// Confirm's.
+func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
+	rec, err := newRecord(r)
+	if err != nil {
+		return "", err
+	}
+	if err := c.view.servable(r.Platform); err != nil {
+		return "", err
+	}
+	if err := c.ensurePool(ctx, rec.Pool, r.Platform); err != nil {
+		return "", err
+	}
+	if !r.DoNotCache {
+		joined, err := c.claimFlight(ctx, rec)
+		if err != nil || joined != "" {
+			return joined, err
+		}
+	}
+	if r.Confirm != nil {
+		if err := r.Confirm(ctx); err != nil {
+			c.releaseFlight(ctx, rec)
+			return "", err
+		}
+	}
+	ctx, cancel := detach(ctx, settleBound)
+	defer cancel()
+	if err := c.enqueue(ctx, rec); err != nil {
+		c.releaseFlight(ctx, rec)
+		return "", err
+	}
+	return rec.Operation, nil
+}
+
+func newRecord(r Request) (*record, error) {
+	metadata, err := proto.Marshal(r.Metadata)
+	if err != nil || len(metadata) > maxMetadata {
+		metadata = nil
+	}
+	now := time.Now().UTC()
+	return &record{
+		Operation: newName(), Action: refOf(r.Action), Stage: repb.ExecutionStage_QUEUED,
+		Queued: now, Updated: now, Pool: r.Platform.pool(), Lane: laneOf(r.Priority), Platform: r.Platform,
+		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
+		Metadata: metadata, Invocation: fmt.Sprintf("%.*s", maxInvocation, r.Metadata.GetToolInvocationId()),
+	}, nil
+}
+
+// enqueue writes the record and then the job. A job without a record would run for nobody.
+func (c *Client) enqueue(ctx context.Context, rec *record) error {
+	revision, err := c.create(ctx, rec)
+	if err != nil {
+		return err
+	}
+	job := *rec
+	job.Revision = revision
+	err = c.publishJob(ctx, &job)
+	if err == nil {
+		return nil
+	}
+	// Whoever joined the flight meanwhile must see an end, too.
+	_, _, end := c.update(ctx, rec.Operation, func(r *record) error {
+		if r.done() {
+			return errUnchanged
+		}
+		r.finish(code.Code_RESOURCE_EXHAUSTED, "the queue is full; try again later")
+		return nil
+	})
+	if end != nil && !errors.Is(end, errUnchanged) {
+		err = errors.Join(err, end)
+	}
+	return err
+}
+
+// create stores a new record. A second try that finds the first one stored is success.
+func (c *Client) create(ctx context.Context, rec *record) (uint64, error) {
+	for attempt := 0; ; attempt++ {
+		revision, err := c.write(ctx, rec, 0)
+		if errors.Is(err, errConflict) {
+			_, revision, err = c.read(ctx, rec.Operation)
+		}
+		if err == nil || !errors.Is(err, ErrUnavailable) || attempt >= maxTries {
+			return revision, err
+		}
+		if err := pause(ctx, attempt); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// publishJob puts a job into the queue and rings for a worker. The queue holds one message per
+// operation, so repeating it is harmless.
+func (c *Client) publishJob(ctx context.Context, job *record) error {
+	payload, err := job.encode()
+	if err != nil {
+		return err
+	}
+	for attempt := 0; ; attempt++ {
+		_, err := c.publish(ctx, &nats.Msg{Subject: jobSubjectOf(job), Data: payload})
+		switch {
+		case err == nil, errors.Is(err, errStoreFailed) && strings.Contains(err.Error(), "per subject"):
+			c.ring(ctx, job.Pool)
+			return nil
+		case errors.Is(err, errStoreFailed):
+			return fmt.Errorf("%w: %d operations wait or run", ErrQueueFull, c.maxQueued)
+		case !errors.Is(err, ErrUnavailable) || attempt >= maxTries:
+			return err
+		}
+		if err := pause(ctx, attempt); err != nil {
+			return err
+		}
+	}
+}
+
+// ring wakes an idle worker. Without it, one looks within a second.
+func (c *Client) ring(ctx context.Context, pool string) {
+	if err := c.nc.Publish(bellSubject+pool, nil); err != nil {
+		c.log.WarnContext(ctx, "ring for a worker", "pool", pool, "err", err)
+	}
+}
+
+// mend repairs an operation whose submitter died between record and job: it publishes the job
+// again, which changes nothing when there is one. A watcher calls it on its heartbeat.
+func (c *Client) mend(ctx context.Context, op *Operation) {
+	if op.Stage != repb.ExecutionStage_QUEUED || time.Since(op.Updated) < c.mendAfter {
+		return
+	}
+	r, revision, err := c.read(ctx, op.Name)
+	if err != nil || r.done() || r.Stage != repb.ExecutionStage_QUEUED {
+		return
+	}
+	r.Revision = revision
+	if err := c.publishJob(ctx, r); err != nil {
+		c.log.WarnContext(ctx, "queue operation again", "operation", op.Name, "err", err)
+	}
+}
+
+// flightOf is the subject under which equal requests meet: those of one action that treat the
+// action cache alike.
+func flightOf(r *record) string {
+	lookup := "lookup"
+	if r.SkipCacheLookup {
+		lookup = "skip"
+	}
+	return flightSubject + r.Action.Space + "." + r.Action.Hash + "-" + strconv.FormatInt(r.Action.Size, 10) + "-" + lookup
+}
+
+// claimFlight makes rec's operation the one in flight for its action, or returns the name of the
+// one that already is. A flight whose operation has ended, or was never recorded, is taken over.
+func (c *Client) claimFlight(ctx context.Context, rec *record) (joined string, err error) {
+	subject := flightOf(rec)
+	var expected uint64
+	for attempt := 0; ; attempt++ {
+		msg := &nats.Msg{Subject: subject, Data: []byte(rec.Operation)}
+		sequence, err := c.publish(ctx, msg, jetstream.WithExpectLastSequencePerSubject(expected))
+		if err == nil {
+			rec.Flight = sequence
+			return "", nil
+		}
+		if !errors.Is(err, errConflict) && !errors.Is(err, ErrUnavailable) || attempt >= maxFlightTries {
+			return "", unavailable(err)
+		}
+		other, err := c.last(ctx, c.flights, subject)
+		switch {
+		case errors.Is(err, jetstream.ErrMsgNotFound):
+			expected = 0
+		case err != nil:
+			return "", err
+		case string(other.Data) == rec.Operation: // an earlier try whose answer was lost
+			rec.Flight = other.Sequence
+			return "", nil
+		default:
+			expected = 0
+			r, _, err := c.read(ctx, string(other.Data))
+			switch {
+			case err == nil && !r.done():
+				return r.Operation, nil
+			case err == nil, errors.Is(err, ErrNotFound) && time.Since(other.Time) > flightGrace:
+				expected = other.Sequence
+				continue
+			case !errors.Is(err, ErrNotFound):
+				return "", err
+			}
+		}
+		if err := pause(ctx, attempt); err != nil {
+			return "", err
+		}
+	}
+}
+
+// maxFlightTries outlasts flightGrace.
+const maxFlightTries = 60
+
+// releaseFlight lets the next equal request run by itself. A flight that stays is taken over.
+func (c *Client) releaseFlight(ctx context.Context, rec *record) {
+	if rec.Flight == 0 {
+		return
+	}
+	ctx, cancel := detach(ctx, settleBound)
+	defer cancel()
+	err := c.flights.DeleteMsg(ctx, rec.Flight)
+	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) && !isGone(err) {
+		c.log.WarnContext(ctx, "release flight", "operation", rec.Operation, "err", err)
+	}
+}
+
+// isGone tells the server's answer to deleting a message that is deleted.
+func isGone(err error) bool {
+	var api *jetstream.APIError
+	return errors.As(err, &api) && (api.ErrorCode == 10057 || api.Code == 404)
+}
+
+// ensurePool makes the consumers of a pool at its first use.
+func (c *Client) ensurePool(ctx context.Context, pool string, platform Platform) error {
+	if c.view.knows(pool) {
+		return nil
+	}
+	if n := c.view.poolCount(); n >= maxPools {
+		return fmt.Errorf("%w: platform %v would be one of over %d different ones that clients ask for; use fewer", ErrInvalid, platform, maxPools)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+	defer cancel()
+	if err := c.ensureConsumers(ctx, pool); err != nil {
+		return unavailable(err)
+	}
+	value, err := json.Marshal(platform)
+	if err != nil {
+		return fmt.Errorf("encode platform: %w", err)
+	}
+	if _, err := c.pools.Create(ctx, pool, value); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
+		return unavailable(err)
+	}
+	c.view.addPool(pool, platform)
+	return nil
+}
+
+// errUnchanged is returned by a change that finds nothing to do.
+var errUnchanged = errors.New("unchanged")
+
+// finish makes r terminal with a status and no result.
+func (r *record) finish(c code.Code, message string) {
+	response, err := proto.Marshal(&repb.ExecuteResponse{Status: &status.Status{Code: int32(c), Message: message}})
+	if err != nil {
+		panic(fmt.Sprintf("marshal a status: %v", err)) // the message is ours and valid UTF-8
+	}
+	r.Stage, r.response, r.ResponseBlob, r.Note = repb.ExecutionStage_COMPLETED, response, nil, message
+}
+
+func isUnavailable(err error) bool { return errors.Is(err, ErrUnavailable) }

@@ -1,0 +1,172 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// The streams, buckets and subjects of operations. docs/PROTOCOL.md describes them for readers.
+const (
+	operationsStream = "OPERATIONS"
+	jobsStream       = "JOBS"
+	flightsStream    = "FLIGHTS"
+	poolsBucket      = "pools"
+	workersBucket    = "workers"
+
+	operationSubject = "jetfarm.op."
+	statusSubject    = "jetfarm.status."
+	jobSubject       = "jetfarm.job."
+	flightSubject    = "jetfarm.flight."
+	bellSubject      = "jetfarm.bell."
+)
+
+const (
+	// lanes is the number of priority lanes of a pool, 0 the soonest.
+	lanes = 3
+	// maxPools bounds the shapes that clients can ask for: each has a consumer per lane, and a stream
+	// slows down with its consumers.
+	maxPools = 16
+	// duplicates is the shortest deduplication window the server allows; nothing here relies on it and
+	// a long one makes a restart read back what was written within it.
+	duplicates = 100 * time.Millisecond
+	// retention is how long a finished operation can still be asked for.
+	retention = time.Hour
+	// flightTTL ends a flight that nobody released; the record of its operation decides before that.
+	flightTTL = 24 * time.Hour
+)
+
+func laneOf(priority int32) int {
+	switch {
+	case priority < 0:
+		return 0
+	case priority == 0:
+		return 1
+	}
+	return 2
+}
+
+func jobSubjectOf(r *record) string {
+	return jobSubject + r.Pool + "." + strconv.Itoa(r.Lane) + "." + r.Operation
+}
+
+func consumerName(pool string, lane int) string { return pool + "-" + strconv.Itoa(lane) }
+
+// Open makes the streams and buckets that operations need, or brings existing ones up to date, and
+// waits for the broker to be able to (a cluster that has no quorum yet, a server without JetStream)
+// until ctx ends.
+func (c *Client) Open(ctx context.Context) error {
+	var last error
+	for attempt := 0; ; attempt++ {
+		last = c.open(ctx)
+		if last == nil || !retryable(last) {
+			return last
+		}
+		if attempt == 0 || attempt%20 == 0 {
+			c.log.WarnContext(ctx, "waiting for jetstream", "err", last)
+		}
+		if err := pause(ctx, attempt); err != nil {
+			return fmt.Errorf("set up jetstream: %w (last error: %w)", err, last)
+		}
+	}
+}
+
+func (c *Client) open(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 4*requestTimeout, ErrUnavailable)
+	defer cancel()
+	if err := c.keepReplicas(ctx); err != nil {
+		return err
+	}
+	streams := []jetstream.StreamConfig{
+		{
+			Name: operationsStream, Description: "jetfarm: the last state of each operation",
+			Subjects: []string{operationSubject + "*"}, MaxMsgsPerSubject: 1, AllowMsgTTL: true,
+			AllowDirect: c.replicas == 1, Duplicates: duplicates, Replicas: c.replicas,
+			RePublish: &jetstream.RePublish{Source: operationSubject + "*", Destination: statusSubject + "{{wildcard(1)}}"},
+		},
+		{
+			Name: jobsStream, Description: "jetfarm: operations that wait for a worker or run on one",
+			Subjects: []string{jobSubject + "*.*.*"}, Retention: jetstream.WorkQueuePolicy, MaxMsgs: c.maxQueued,
+			MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true,
+			Duplicates: duplicates, Replicas: c.replicas,
+		},
+		{
+			Name: flightsStream, Description: "jetfarm: which operation runs an action that others may join",
+			Subjects: []string{flightSubject + "*.*"}, MaxMsgsPerSubject: 1, MaxAge: flightTTL,
+			AllowDirect: c.replicas == 1, Duplicates: duplicates, Replicas: c.replicas,
+		},
+	}
+	for _, cfg := range streams {
+		if _, err := c.js.CreateOrUpdateStream(ctx, cfg); err != nil {
+			return fmt.Errorf("stream %s: %w", cfg.Name, err)
+		}
+	}
+	var err error
+	if c.operations, err = c.js.Stream(ctx, operationsStream); err != nil {
+		return fmt.Errorf("stream %s: %w", operationsStream, err)
+	}
+	if c.jobs, err = c.js.Stream(ctx, jobsStream); err != nil {
+		return fmt.Errorf("stream %s: %w", jobsStream, err)
+	}
+	if c.flights, err = c.js.Stream(ctx, flightsStream); err != nil {
+		return fmt.Errorf("stream %s: %w", flightsStream, err)
+	}
+	c.pools, err = c.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: poolsBucket, Replicas: c.replicas})
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", poolsBucket, err)
+	}
+	c.registry, err = c.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: workersBucket, TTL: workerTTL, Storage: jetstream.MemoryStorage, Replicas: c.replicas,
+	})
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", workersBucket, err)
+	}
+	return c.ensureConsumers(ctx, defaultPool)
+}
+
+// keepReplicas makes a client that was not told a number of replicas keep the one that is in force.
+func (c *Client) keepReplicas(ctx context.Context) error {
+	if c.replicas > 0 {
+		return nil
+	}
+	s, err := c.js.Stream(ctx, operationsStream)
+	switch {
+	case errors.Is(err, jetstream.ErrStreamNotFound):
+		c.replicas = 1
+	case err != nil:
+		return err
+	default:
+		c.replicas = s.CachedInfo().Config.Replicas
+	}
+	return nil
+}
+
+// Replicas is how many servers hold each message, once Open has returned.
+func (c *Client) Replicas() int { return c.replicas }
+
+func (c *Client) ensureConsumers(ctx context.Context, pool string) error {
+	for lane := range lanes {
+		_, err := c.js.CreateOrUpdateConsumer(ctx, jobsStream, jetstream.ConsumerConfig{
+			Durable: consumerName(pool, lane), FilterSubject: jobSubject + pool + "." + strconv.Itoa(lane) + ".*",
+			AckPolicy: jetstream.AckExplicitPolicy, AckWait: c.ackWait, MaxDeliver: -1, MaxAckPending: -1, MaxWaiting: 4096,
+			Replicas: c.replicas,
+		})
+		if err != nil {
+			return fmt.Errorf("consumer %s: %w", consumerName(pool, lane), err)
+		}
+	}
+	return nil
+}
+
+// retryable tells errors of a broker that is not up yet from those that waiting cannot mend.
+func retryable(err error) bool {
+	var api *jetstream.APIError
+	if errors.As(err, &api) {
+		return api.Code >= 500 || api.Code == 408
+	}
+	return true
+}

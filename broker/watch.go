@@ -1,0 +1,158 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+)
+
+// watchBuffer is how many states of one operation may arrive while its watcher is busy. When more
+// do, the watcher reads the record instead, so the number bounds memory and nothing else.
+const watchBuffer = 8
+
+// Get returns the current state of an operation. The error wraps ErrNotFound or ErrUnavailable.
+func (c *Client) Get(ctx context.Context, operation string) (*Operation, error) {
+	r, revision, err := c.read(ctx, operation)
+	if err != nil {
+		return nil, err
+	}
+	return r.snapshot(revision)
+}
+
+// Watch yields the current state of an operation at once and then newer ones as they come. A consumer
+// that is slow misses states in between, never the terminal one, which is the last value. A state
+// that does not change is repeated every Config.Heartbeat, after it was read again. An error is
+// the last value too: it wraps ErrNotFound for an operation that does not exist or was deleted, and
+// context.Cause(ctx) once ctx has ended. An unreachable broker is not an error: the watcher waits.
+func (c *Client) Watch(ctx context.Context, operation string) iter.Seq2[*Operation, error] {
+	return func(yield func(*Operation, error) bool) {
+		if !validName(operation) {
+			yield(nil, fmt.Errorf("%w: %.64q", ErrNotFound, operation))
+			return
+		}
+		w, err := c.watcher(operation)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		defer w.stop(ctx)
+		op, err := w.current(ctx)
+		for err == nil {
+			if !yield(op, nil) || op.Done() {
+				return
+			}
+			op, err = w.next(ctx, op)
+		}
+		yield(nil, err)
+	}
+}
+
+// watcher follows one operation: one core NATS subscription and a buffer of watchBuffer messages, no
+// goroutine and no JetStream consumer. Rejected: an ordered consumer per operation (28 KiB and three
+// goroutines each, at most 1 000 per stream) and one subscription for all operations (each process
+// would receive all of them).
+type watcher struct {
+	c         *Client
+	operation string
+	messages  chan *nats.Msg
+	sub       *nats.Subscription
+	gap       <-chan struct{}
+	dropped   int
+}
+
+// watcher subscribes. Whatever is stored after the server has seen the subscription arrives in
+// messages or is counted as dropped; a read on the same connection tells what was stored before.
+func (c *Client) watcher(operation string) (*watcher, error) {
+	w := &watcher{c: c, operation: operation, messages: make(chan *nats.Msg, watchBuffer), gap: c.gapped()}
+	var err error
+	if w.sub, err = c.nc.ChanSubscribe(statusSubject+operation, w.messages); err != nil {
+		return nil, unavailable(err)
+	}
+	return w, nil
+}
+
+func (w *watcher) stop(ctx context.Context) {
+	if err := w.sub.Unsubscribe(); err != nil && !w.c.nc.IsClosed() {
+		w.c.log.WarnContext(ctx, "unsubscribe from operation", "operation", w.operation, "err", err)
+	}
+}
+
+// current reads the record, waiting for a broker that does not answer.
+func (w *watcher) current(ctx context.Context) (*Operation, error) {
+	for attempt := 0; ; attempt++ {
+		op, err := w.c.Get(ctx, w.operation)
+		if err == nil || ctx.Err() != nil || !isUnavailable(err) {
+			return op, err
+		}
+		if err := pause(ctx, attempt); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// next waits for a state newer than last, or returns last's successor or last itself after a
+// heartbeat.
+func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error) {
+	heartbeat := time.NewTimer(w.c.heartbeat)
+	defer heartbeat.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case msg := <-w.messages:
+			op, err := w.newest(msg)
+			if err != nil || w.lost() {
+				return w.current(ctx)
+			}
+			if op.Revision > last.Revision {
+				return op, nil
+			}
+		case <-w.gap:
+			w.gap = w.c.gapped()
+			op, err := w.current(ctx)
+			if err != nil || op.Revision > last.Revision {
+				return op, err
+			}
+		case <-heartbeat.C:
+			op, err := w.current(ctx)
+			if err == nil {
+				w.c.mend(ctx, op)
+			}
+			return op, err
+		}
+	}
+}
+
+// newest decodes the latest of the messages that have arrived.
+func (w *watcher) newest(msg *nats.Msg) (*Operation, error) {
+	for {
+		select {
+		case later := <-w.messages:
+			msg = later
+			continue
+		default:
+		}
+		break
+	}
+	revision, err := strconv.ParseUint(msg.Header.Get("Nats-Sequence"), 10, 64)
+	if err != nil {
+		return nil, fmt.Errorf("status of operation %s: %w", w.operation, err)
+	}
+	r, err := decodeRecord(msg.Data)
+	if err != nil {
+		return nil, err
+	}
+	return r.snapshot(revision)
+}
+
+// lost tells whether the buffer overflowed since the last call.
+func (w *watcher) lost() bool {
+	dropped, err := w.sub.Dropped()
+	lost := err != nil || dropped != w.dropped
+	w.dropped = dropped
+	return lost
+}
