@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strconv"
 	"testing"
 	"time"
 
@@ -163,3 +165,11 @@ func nothingLeft(t testing.TB, farm *brokertest.Farm) {
 }
 
 func statusCode(r *repb.ExecuteResponse) code.Code { return code.Code(r.GetStatus().GetCode()) }
+
+var quiet = slog.New(slog.DiscardHandler)
+
+func itoa(n int) string { return strconv.Itoa(n) }
+
+func contextWithTimeout(t testing.TB, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(t.Context(), d, errors.New("the test's bound has passed"))
+}

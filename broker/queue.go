@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -28,7 +29,13 @@ type Queue struct {
 	leases   map[*Lease]struct{} // guarded by mu
 	draining bool                // guarded by mu
 
-	sweeps int // used by Next alone
+	sub *nats.Subscription // guarded by mu; of the inbox
+
+	// Next alone uses these.
+	sweeps  int
+	pulls   uint64
+	inbox   string
+	replies chan *nats.Msg
 }
 
 // idleSweep is how long an idle worker sleeps when nobody rings: a job that was redelivered rings
@@ -55,6 +62,7 @@ func (q *Queue) Run(ctx context.Context) error {
 	group.Go(func() error { return q.every(ctx, q.c.ackWait/3, q.renew) })
 	group.Go(func() error { return q.every(ctx, workerBeat, q.register) })
 	err := group.Wait()
+	q.closeInbox(ctx)
 	gone, cancel := detach(ctx, requestTimeout)
 	defer cancel()
 	if err := q.c.registry.Delete(gone, q.self.Name); err != nil {
@@ -178,22 +186,66 @@ var (
 	ackDone       = []byte("+ACK")
 )
 
-// pull takes one job from a consumer, or none. It finishes although ctx ends: a job that is
-// delivered to nobody is lost to all until AckWait has passed.
+// pull takes one job from a consumer, or none. It does not end with a context: a job that is
+// delivered to nobody is lost to all until AckWait has passed. One that comes after pullBound is
+// found by the next pull.
+//
+// The replies have a subscription of their own. A delivered job keeps the subject that it was stored
+// under, so the reply multiplexer of the client library cannot tell whose it is and drops it when
+// other requests are open.
 func (q *Queue) pull(ctx context.Context, consumer string) (*Lease, error) {
-	ctx, cancel := detach(ctx, pullBound)
-	defer cancel()
-	msg, err := q.c.nc.RequestWithContext(ctx, "$JS.API.CONSUMER.MSG.NEXT."+jobsStream+"."+consumer, pullRequest)
-	if errors.Is(err, nats.ErrNoResponders) {
-		return nil, nil //nolint:nilnil // no such consumer now is no job
+	if err := q.openInbox(); err != nil {
+		return nil, err
 	}
-	if err != nil {
+	q.pulls++
+	reply := q.inbox + "." + strconv.FormatUint(q.pulls, 10)
+	if err := q.c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+jobsStream+"."+consumer, reply, pullRequest); err != nil {
 		return nil, unavailable(err)
 	}
-	if msg.Header.Get("Status") != "" || msg.Reply == "" {
-		return nil, nil //nolint:nilnil // the consumer has no job for now
+	timer := time.NewTimer(pullBound)
+	defer timer.Stop()
+	for {
+		select {
+		case msg := <-q.replies:
+			switch {
+			case msg.Reply != "":
+				return q.lease(ctx, msg)
+			case msg.Subject == reply: // a status: no job for now, or no such consumer
+				return nil, nil //nolint:nilnil // no job and no error is the common answer
+			}
+		case <-timer.C:
+			return nil, fmt.Errorf("%w: no answer from consumer %s within %v", ErrUnavailable, consumer, pullBound)
+		}
 	}
-	return q.lease(ctx, msg)
+}
+
+// openInbox subscribes to the replies at the first pull.
+func (q *Queue) openInbox() error {
+	if q.replies != nil {
+		return nil
+	}
+	q.inbox, q.replies = nats.NewInbox(), make(chan *nats.Msg, bellBuffer)
+	sub, err := q.c.nc.ChanSubscribe(q.inbox+".*", q.replies)
+	if err != nil {
+		q.replies = nil
+		return unavailable(err)
+	}
+	q.mu.Lock()
+	q.sub = sub
+	q.mu.Unlock()
+	return nil
+}
+
+func (q *Queue) closeInbox(ctx context.Context) {
+	q.mu.Lock()
+	sub := q.sub
+	q.mu.Unlock()
+	if sub == nil {
+		return
+	}
+	if err := sub.Unsubscribe(); err != nil && !q.c.nc.IsClosed() {
+		q.c.log.WarnContext(ctx, "close the inbox of the queue", "err", err)
+	}
 }
 
 func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {

@@ -120,7 +120,7 @@ func (c *Client) open(ctx context.Context) error {
 		return fmt.Errorf("bucket %s: %w", poolsBucket, err)
 	}
 	c.registry, err = c.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
-		Bucket: workersBucket, TTL: workerTTL, Storage: jetstream.MemoryStorage, Replicas: c.replicas,
+		Bucket: workersBucket, TTL: workerTTL, Replicas: c.replicas,
 	})
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", workersBucket, err)

@@ -2,6 +2,7 @@ package brokertest
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -146,4 +147,26 @@ func (f *Farm) info(t testing.TB, stream string) *jetstream.StreamInfo {
 func (f *Farm) Subscriptions(t testing.TB, prefix string) int {
 	t.Helper()
 	return f.Server.Subscriptions(prefix)
+}
+
+// All returns the messages of a stream, oldest first.
+func (f *Farm) All(t testing.TB, stream string) []*jetstream.RawStreamMsg {
+	t.Helper()
+	state := f.info(t, stream).State
+	s, err := f.js.Stream(t.Context(), stream)
+	if err != nil {
+		t.Fatalf("stream %s: %v", stream, err)
+	}
+	var all []*jetstream.RawStreamMsg
+	for sequence := state.FirstSeq; sequence <= state.LastSeq && state.Msgs > 0; sequence++ {
+		msg, err := s.GetMsg(t.Context(), sequence)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			continue
+		}
+		if err != nil {
+			t.Fatalf("message %d of %s: %v", sequence, stream, err)
+		}
+		all = append(all, msg)
+	}
+	return all
 }

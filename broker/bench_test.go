@@ -1,0 +1,96 @@
+package broker_test
+
+import (
+	"context"
+	"runtime"
+	"sync/atomic"
+	"testing"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/broker/brokertest"
+)
+
+// BenchmarkOperation is the whole life of an operation without the work: submitted, taken, begun,
+// settled, its end seen.
+func BenchmarkOperation(b *testing.B) {
+	for _, clients := range []int{1, 8, 64} {
+		b.Run("clients="+itoa(clients), func(b *testing.B) {
+			farm := brokertest.Start(b)
+			c := farm.Client(b)
+			ctx, stop := context.WithCancelCause(b.Context())
+			var workers errgroup.Group
+			for i := range 4 {
+				q := brokertest.Queue(b, farm.Client(b), worker("w"+itoa(i)))
+				workers.Go(func() error {
+					return serve(ctx, q, func(l *broker.Lease) error { return l.Settle(ctx, outcome(0)) })
+				})
+			}
+			var n atomic.Int64
+			b.SetParallelism(clients)
+			runtime.GC()
+			b.ResetTimer()
+			var group errgroup.Group
+			group.SetLimit(clients)
+			for b.Loop() {
+				group.Go(func() error {
+					operation, err := c.Submit(ctx, broker.Request{Action: action(int(n.Add(1)))})
+					if err != nil {
+						return err
+					}
+					for _, err := range c.Watch(ctx, operation) {
+						if err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+			}
+			if err := group.Wait(); err != nil {
+				b.Fatal(err)
+			}
+			stop(nil)
+			if err := workers.Wait(); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
+
+// BenchmarkWatcher is the memory of one waiting watcher, as B/watcher.
+func BenchmarkWatcher(b *testing.B) {
+	farm := brokertest.Start(b)
+	c := farm.Client(b)
+	operation := submit(b, c, broker.Request{Action: action(1)})
+	const watchers = 10_000
+	for b.Loop() {
+		ctx, cancel := context.WithCancelCause(b.Context())
+		before := heap()
+		waiting := make(chan struct{}, watchers)
+		var group errgroup.Group
+		for range watchers {
+			group.Go(func() error {
+				for range c.Watch(ctx, operation) {
+					waiting <- struct{}{}
+				}
+				return nil
+			})
+		}
+		for range watchers {
+			<-waiting
+		}
+		b.ReportMetric(float64(heap()-before)/watchers, "B/watcher")
+		cancel(nil)
+		if err := group.Wait(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func heap() int64 {
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapInuse + m.StackInuse)
+}
