@@ -17,7 +17,7 @@ func (s Space) Token() string {
 	return s.function.String() + "-" + base64.RawURLEncoding.EncodeToString([]byte(s.instance))
 }
 
-// ParseToken is the inverse of Token. The error wraps ErrInvalid.
+// ParseToken is the inverse of Token and accepts nothing else. The error wraps ErrInvalid.
 func ParseToken(token string) (Space, error) {
 	function, encoded, named := strings.Cut(token, "-")
 	if function != SHA256.String() {
@@ -27,5 +27,9 @@ func ParseToken(token string) (Space, error) {
 	if err != nil || (named && len(instance) == 0) {
 		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
 	}
-	return SpaceOf(string(instance), repb.DigestFunction_SHA256, "")
+	s, err := SpaceOf(string(instance), repb.DigestFunction_SHA256, "")
+	if err == nil && s.Token() != token { // The decoder skips line ends.
+		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
+	}
+	return s, err
 }

@@ -1,0 +1,56 @@
+package disk
+
+// Check compares the index with the files and returns what differs. Nothing may be going on.
+func (t *Tier) Check(list func(dir string) []string) (problems []string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	files := make(map[string]bool)
+	for i := range shards {
+		for _, name := range list(t.dir + "/cas/" + shard(byte(i))) {
+			files[shard(byte(i))+"/"+name] = true
+		}
+	}
+	var used int64
+	for k, i := range t.index.byKey {
+		e := t.index.slots[i].entry
+		used += cost(e.size)
+		name := fileName(t.index.spaces[k.space], e)
+		if !files[name] {
+			problems = append(problems, "no file "+name)
+		}
+		delete(files, name)
+	}
+	for name := range files {
+		problems = append(problems, "unknown file "+name)
+	}
+	if used != t.index.used {
+		problems = append(problems, "the used bytes do not add up")
+	}
+	if t.reserved != 0 {
+		problems = append(problems, "bytes are still reserved")
+	}
+	if len(t.flights) != 0 {
+		problems = append(problems, "flights have not ended")
+	}
+	for _, name := range list(t.dir + "/tmp") {
+		problems = append(problems, "left in tmp: "+name)
+	}
+	return problems
+}
+
+// Callers returns how many callers lead or wait for flights.
+func (t *Tier) Callers() (n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.flights {
+		n += f.callers
+	}
+	return n
+}
+
+// Used returns the bytes that the index accounts for.
+func (t *Tier) Used() int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.index.used
+}
