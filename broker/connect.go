@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -29,6 +30,7 @@ type ConnectConfig struct {
 // second, in the log.
 func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 	connected := make(chan struct{}, 1)
+	var refused atomic.Value
 	options := []nats.Option{
 		nats.Name(cfg.Name),
 		nats.MaxReconnects(-1),
@@ -54,6 +56,7 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 			}
 		}),
 		nats.ReconnectErrHandler(func(_ *nats.Conn, err error) {
+			refused.Store(err.Error())
 			cfg.Log.DebugContext(ctx, "nats reconnect failed", "name", cfg.Name, "err", err)
 		}),
 	}
@@ -71,14 +74,13 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 		case <-connected:
 			return nc, nil
 		case <-ctx.Done():
-			last := nc.LastError()
 			nc.Close()
-			return nil, fmt.Errorf("connect to nats %s: %w (last error: %w)", strings.Join(cfg.Servers, ","), context.Cause(ctx), orNone(last))
+			return nil, fmt.Errorf("connect to nats %s: %w (last error: %v)", strings.Join(cfg.Servers, ","), context.Cause(ctx), refused.Load())
 		case <-tick.C:
 			if nc.IsConnected() {
 				return nc, nil
 			}
-			cfg.Log.WarnContext(ctx, "waiting for nats", "servers", strings.Join(cfg.Servers, ","), "err", nc.LastError())
+			cfg.Log.WarnContext(ctx, "waiting for nats", "servers", strings.Join(cfg.Servers, ","), "err", refused.Load())
 		}
 	}
 }

@@ -1,0 +1,145 @@
+package app
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/alecthomas/kong"
+	"github.com/dustin/go-humanize"
+
+	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cmd/run"
+)
+
+// size is a number of bytes that is written with a unit, as in 10GiB or 500MB.
+type size int64
+
+// UnmarshalText parses a size.
+func (s *size) UnmarshalText(text []byte) error {
+	n, err := humanize.ParseBytes(string(text))
+	if err != nil || n > 1<<62 {
+		return fmt.Errorf("%q is not a size such as 500MB or 10GiB", text)
+	}
+	*s = size(n)
+	return nil
+}
+
+// vars are the defaults that depend on the machine.
+func vars() kong.Vars {
+	return kong.Vars{"cpus": strconv.Itoa(runtime.NumCPU()), "hostname": hostname()}
+}
+
+func hostname() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return "worker"
+	}
+	return name
+}
+
+// dataDir returns the directory for a role's files: what the user asked for, or the user's state
+// directory.
+func dataDir(asked string) (string, error) {
+	if asked != "" {
+		return filepath.Abs(asked)
+	}
+	if state := os.Getenv("XDG_STATE_HOME"); filepath.IsAbs(state) {
+		return filepath.Join(state, "jetfarm"), nil
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", fmt.Errorf("no state directory for the data (give one with --data): %w", err)
+	}
+	return filepath.Join(home, ".local", "state", "jetfarm"), nil
+}
+
+// natsFlags are those of a role that reaches the broker over the network.
+type natsFlags struct {
+	NATS []string `name:"nats" help:"URLs of the NATS servers. The role waits for one to answer and reconnects for ever." default:"nats://127.0.0.1:4222" placeholder:"URL,..." env:"JETFARM_NATS"`
+}
+
+// executionFlags are those of a role that executes actions.
+type executionFlags struct {
+	Concurrency    int           `help:"Actions that run at once." default:"${cpus}"`
+	Platform       []string      `help:"A platform property that this worker offers; repeat it for more." placeholder:"KEY=VALUE" sep:"none"`
+	Isolation      string        `help:"How actions are kept apart: ${enum}. auto takes the strongest that works here." enum:"auto,namespaces,uid,none" default:"auto"`
+	DrainTimeout   time.Duration `help:"How long running actions may go on after SIGTERM; what is left then runs on another worker." default:"30s"`
+	DiskCache      size          `help:"Bytes of input files kept on this machine's disk." default:"10GiB" placeholder:"SIZE"`
+	DefaultTimeout time.Duration `help:"Timeout of an action that sets none." default:"1h"`
+	MaxTimeout     time.Duration `help:"Longest timeout that an action may set." default:"24h"`
+}
+
+func (f *executionFlags) validate() (broker.Platform, error) {
+	var errs []error
+	if f.Concurrency < 1 || f.Concurrency > maxConcurrency {
+		errs = append(errs, fmt.Errorf("--concurrency %d is not from 1 to %d", f.Concurrency, maxConcurrency))
+	}
+	if f.DrainTimeout < 0 {
+		errs = append(errs, fmt.Errorf("--drain-timeout %v is negative", f.DrainTimeout))
+	}
+	if f.DefaultTimeout <= 0 || f.MaxTimeout < f.DefaultTimeout {
+		errs = append(errs, fmt.Errorf("--default-timeout %v and --max-timeout %v must be positive and in this order", f.DefaultTimeout, f.MaxTimeout))
+	}
+	if f.DiskCache < minDiskCache {
+		errs = append(errs, fmt.Errorf("--disk-cache %d bytes is less than %s", f.DiskCache, humanize.IBytes(uint64(minDiskCache))))
+	}
+	platform, err := broker.ParsePlatform(f.Platform)
+	if err := errors.Join(append(errs, err)...); err != nil {
+		return nil, run.Usage{Err: err}
+	}
+	return platform, nil
+}
+
+const (
+	maxConcurrency = 1024
+	minDiskCache   = 16 << 20
+)
+
+// serveFlags are those of a role that serves the API.
+type serveFlags struct {
+	GRPC               string `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" placeholder:"HOST:PORT" env:"JETFARM_GRPC"`
+	ActionCacheUpdates bool   `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
+}
+
+// httpFlags are those of a role with an HTTP port.
+type httpFlags struct {
+	Pprof bool `help:"Serve Go's profiles below /debug/pprof on the HTTP port."`
+}
+
+// checkAddresses reports every flag that is not HOST:PORT.
+func checkAddresses(flags map[string]string) error {
+	var errs []error
+	for flag, address := range flags {
+		if address == "" {
+			continue
+		}
+		if _, port, err := net.SplitHostPort(address); err != nil {
+			errs = append(errs, fmt.Errorf("--%s %q is not HOST:PORT: %w", flag, address, err))
+		} else if n, err := strconv.Atoi(port); err != nil || n < 0 || n > 65535 {
+			errs = append(errs, fmt.Errorf("--%s %q: the port is not from 0 to 65535", flag, address))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return run.Usage{Err: err}
+	}
+	return nil
+}
+
+// workerName is the name of a worker as a NATS key: hostnames have dots.
+func workerName(name string) string {
+	clean := func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', r >= '0' && r <= '9', r == '-', r == '_':
+			return r
+		}
+		return '-'
+	}
+	return strings.Map(clean, name)
+}

@@ -1,0 +1,137 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cmd/run"
+	"github.com/jetfarm/jetfarm/frontend"
+)
+
+// Frontend serves the Remote Execution API.
+type Frontend struct {
+	natsFlags    `embed:""`
+	serveFlags   `embed:""`
+	httpFlags    `embed:""`
+	HTTP         string        `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" placeholder:"HOST:PORT" env:"JETFARM_HTTP"`
+	Replicas     int           `help:"Servers of the NATS cluster that hold each message: 1, 3 or 5. 0 keeps what is there." default:"0"`
+	DrainTimeout time.Duration `help:"How long open calls may go on after SIGTERM. Clients take up Execute streams that are cut at another frontend." default:"10s"`
+	CacheOnly    bool          `help:"Serve the cache without execution."`
+}
+
+func (f *Frontend) validate() error {
+	if err := checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}); err != nil {
+		return err
+	}
+	if f.DrainTimeout < 0 {
+		return run.Usage{Err: errors.New("--drain-timeout is negative")}
+	}
+	return checkReplicas(f.Replicas)
+}
+
+func checkReplicas(n int) error {
+	switch n {
+	case 0, 1, 3, 5:
+		return nil
+	}
+	return run.Usage{Err: errors.New("--replicas must be 0, 1, 3 or 5")}
+}
+
+func (f *Frontend) run(ctx context.Context, p *process) error {
+	if err := f.validate(); err != nil {
+		return err
+	}
+	listeners, err := listen(ctx, f.GRPC, f.HTTP)
+	if err != nil {
+		return err
+	}
+	defer listeners.close()
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: f.NATS, Name: "jetfarm frontend"}, f.Replicas)
+	if err != nil {
+		return err
+	}
+	defer farm.close()
+	server, err := newFrontend(p, farm, f.serveFlags, !f.CacheOnly)
+	if err != nil {
+		return err
+	}
+	handler := run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: farm.metrics, Pprof: f.Pprof})
+	return run.Beside(ctx, func(ctx context.Context) error {
+		return serveFrontend(ctx, listeners, server, handler, f.DrainTimeout, func(ctx context.Context) error {
+			if err := farm.client.Ready(ctx); err != nil {
+				return err
+			}
+			if err := p.ready("grpc", listeners.grpc.Addr().String(), "http", listeners.httpAddress()); err != nil {
+				return err
+			}
+			<-ctx.Done()
+			return context.Cause(ctx)
+		})
+	}, farm.services()...)
+}
+
+// newFrontend makes the API server of a farm.
+func newFrontend(p *process, farm *farm, flags serveFlags, execute bool) (*frontend.Server, error) {
+	cfg := frontend.Config{
+		Blobs: farm.blobs, Actions: farm.actions, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
+		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute,
+	}
+	return frontend.New(cfg), nil
+}
+
+// serveFrontend serves the API while main runs. When ctx ends it tells clients at once that it takes
+// no new work, lets main drain, and then gives open calls the grace to finish.
+func serveFrontend(ctx context.Context, l *listeners, server *frontend.Server, handler http.Handler, grace time.Duration, main func(context.Context) error) error {
+	stopped := context.AfterFunc(ctx, server.Drain)
+	defer stopped()
+	services := []func(context.Context) error{func(ctx context.Context) error {
+		return run.Serve(ctx, func() error { return server.GRPC().Serve(l.grpc) }, func() error {
+			bound, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), grace, run.ErrStopped)
+			defer cancel()
+			return server.Shutdown(bound)
+		})
+	}}
+	if l.http != nil {
+		services = append(services, func(ctx context.Context) error { return run.HTTP(ctx, l.http, handler) })
+	}
+	return run.Beside(ctx, main, services...)
+}
+
+// listeners are the open ports of a role. They are opened before anything else, so that a port in
+// use is found at once.
+type listeners struct{ grpc, http net.Listener }
+
+func listen(ctx context.Context, grpcAddress, httpAddress string) (l *listeners, err error) {
+	l = new(listeners)
+	if l.grpc, err = run.Listen(ctx, "gRPC", grpcAddress); err != nil {
+		return nil, err
+	}
+	if httpAddress == "" {
+		return l, nil
+	}
+	if l.http, err = run.Listen(ctx, "HTTP", httpAddress); err != nil {
+		l.close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func (l *listeners) httpAddress() string {
+	if l.http == nil {
+		return ""
+	}
+	return l.http.Addr().String()
+}
+
+// close closes what was not handed to a server; closing twice is harmless.
+func (l *listeners) close() {
+	for _, open := range []net.Listener{l.grpc, l.http} {
+		if open != nil {
+			open.Close() //nolint:errcheck // a listener that its server has closed says so
+		}
+	}
+}

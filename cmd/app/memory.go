@@ -1,0 +1,20 @@
+package app
+
+import (
+	"log/slog"
+	"os"
+	"runtime/debug"
+)
+
+// tuneMemory lets a process with a NATS server collect garbage less often: the server's block caches
+// are only weakly held, so each collection makes it read them again (docs/PERFORMANCE.md). The
+// user's own GOGC and GOMEMLIMIT win.
+func tuneMemory(log *slog.Logger) {
+	if os.Getenv("GOGC") != "" {
+		return
+	}
+	debug.SetGCPercent(gcPercent)
+	log.Debug("garbage collection", "gogc", gcPercent)
+}
+
+const gcPercent = 400

@@ -1,0 +1,61 @@
+package run
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// ErrStopped is the cause with which the first signal ends a program's context.
+var ErrStopped = errors.New("stopped by a signal")
+
+// Usage is an error of the command line or the configuration; the process exits with 2.
+type Usage struct{ Err error }
+
+func (u Usage) Error() string { return u.Err.Error() }
+
+func (u Usage) Unwrap() error { return u.Err }
+
+// Main runs a program until it returns and returns the exit code: 0 after a clean stop, 1 after a
+// failure, 2 for bad usage. SIGINT or SIGTERM end the program's context, upon which it drains; a
+// second one ends the process at once with 1.
+func Main(program func(ctx context.Context) error) int {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	done := make(chan struct{})
+	var group errgroup.Group
+	group.Go(func() error {
+		for received := 0; ; received++ {
+			select {
+			case s := <-signals:
+				if received > 0 {
+					fmt.Fprintln(os.Stderr, "jetfarm: second signal: stopping at once")
+					os.Exit(1)
+				}
+				cancel(fmt.Errorf("%w: %v", ErrStopped, s))
+			case <-done:
+				return nil
+			}
+		}
+	})
+	err := program(ctx)
+	signal.Stop(signals)
+	close(done)
+	cancel(err)
+	err = errors.Join(err, group.Wait())
+	switch {
+	case err == nil, errors.Is(err, ErrStopped):
+		return 0
+	case errors.As(err, new(Usage)):
+		fmt.Fprintf(os.Stderr, "jetfarm: %v\n", err)
+		return 2
+	}
+	fmt.Fprintf(os.Stderr, "jetfarm: %v\n", err)
+	return 1
+}

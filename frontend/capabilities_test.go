@@ -1,0 +1,90 @@
+package frontend_test
+
+import (
+	"strings"
+	"testing"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"github.com/bazelbuild/remote-apis/build/bazel/semver"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/testing/protocmp"
+
+	"github.com/jetfarm/jetfarm/frontend"
+)
+
+func TestCapabilities(t *testing.T) {
+	h := start(t)
+	got, err := h.caps.GetCapabilities(t.Context(), &repb.GetCapabilitiesRequest{InstanceName: "projects/p/instances/i"})
+	if err != nil {
+		t.Fatalf("GetCapabilities: %v", err)
+	}
+	priorities := &repb.PriorityCapabilities{Priorities: []*repb.PriorityCapabilities_PriorityRange{{MinPriority: -1000, MaxPriority: 1000}}}
+	sha256 := []repb.DigestFunction_Value{repb.DigestFunction_SHA256}
+	want := &repb.ServerCapabilities{
+		CacheCapabilities: &repb.CacheCapabilities{
+			DigestFunctions:               sha256,
+			ActionCacheUpdateCapabilities: &repb.ActionCacheUpdateCapabilities{},
+			CachePriorityCapabilities:     priorities,
+			MaxBatchTotalSizeBytes:        4063232,
+			MaxCasBlobSizeBytes:           64 << 30,
+			SymlinkAbsolutePathStrategy:   repb.SymlinkAbsolutePathStrategy_ALLOWED,
+		},
+		ExecutionCapabilities: &repb.ExecutionCapabilities{
+			DigestFunction: repb.DigestFunction_SHA256, DigestFunctions: sha256, ExecEnabled: true,
+			ExecutionPriorityCapabilities: priorities,
+		},
+		DeprecatedApiVersion: &semver.SemVer{Major: 2},
+		LowApiVersion:        &semver.SemVer{Major: 2},
+		HighApiVersion:       &semver.SemVer{Major: 2, Minor: 11},
+	}
+	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
+		t.Errorf("GetCapabilities (-want +got):\n%s", diff)
+	}
+}
+
+func TestCAP_13_UpdatesAsConfigured(t *testing.T) {
+	h := start(t, func(c *frontend.Config) { c.AllowActionCacheUpdates, c.ExecEnabled = true, false })
+	got, err := h.caps.GetCapabilities(t.Context(), &repb.GetCapabilitiesRequest{})
+	if err != nil {
+		t.Fatalf("GetCapabilities: %v", err)
+	}
+	if !got.GetCacheCapabilities().GetActionCacheUpdateCapabilities().GetUpdateEnabled() {
+		t.Error("update_enabled = false, want true")
+	}
+	// Rows CAP-1 and CAP-5.
+	exec := got.GetExecutionCapabilities()
+	if exec.GetExecEnabled() || exec.GetDigestFunction() != repb.DigestFunction_SHA256 {
+		t.Errorf("execution_capabilities = %v, want it off and SHA256", exec)
+	}
+}
+
+// Rows GEN-4 and X-13 on every call that has an instance name.
+func TestGEN_4_InstanceNames(t *testing.T) {
+	h := start(t)
+	for _, instance := range []string{"x/blobs", "uploads", "a//b", "/a", "a/", "..", "a\x00b", strings.Repeat("x", 1<<20)} {
+		t.Run(name(instance[:min(8, len(instance))]), func(t *testing.T) {
+			d := space.Of([]byte("x")).Proto()
+			_, err := h.caps.GetCapabilities(t.Context(), &repb.GetCapabilitiesRequest{InstanceName: instance})
+			wantCode(t, "GetCapabilities", err, codes.InvalidArgument, "instance name")
+			_, err = h.cas.FindMissingBlobs(t.Context(), &repb.FindMissingBlobsRequest{InstanceName: instance})
+			wantCode(t, "FindMissingBlobs", err, codes.InvalidArgument, "instance name")
+			_, err = h.cas.BatchUpdateBlobs(t.Context(), &repb.BatchUpdateBlobsRequest{InstanceName: instance})
+			wantCode(t, "BatchUpdateBlobs", err, codes.InvalidArgument, "instance name")
+			_, err = h.cas.BatchReadBlobs(t.Context(), &repb.BatchReadBlobsRequest{InstanceName: instance})
+			wantCode(t, "BatchReadBlobs", err, codes.InvalidArgument, "instance name")
+			_, err = h.ac.GetActionResult(t.Context(), &repb.GetActionResultRequest{InstanceName: instance, ActionDigest: d})
+			wantCode(t, "GetActionResult", err, codes.InvalidArgument, "instance name")
+			tree, err := h.cas.GetTree(t.Context(), &repb.GetTreeRequest{InstanceName: instance, RootDigest: d})
+			if err == nil {
+				_, err = tree.Recv()
+			}
+			wantCode(t, "GetTree", err, codes.InvalidArgument, "instance name")
+			exec, err := h.exec.Execute(t.Context(), &repb.ExecuteRequest{InstanceName: instance, ActionDigest: d})
+			if err == nil {
+				_, err = exec.Recv()
+			}
+			wantCode(t, "Execute", err, codes.InvalidArgument, "instance name")
+		})
+	}
+}

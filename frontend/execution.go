@@ -1,0 +1,266 @@
+package frontend
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+
+	"cloud.google.com/go/longrunning/autogen/longrunningpb"
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	statuspb "google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// execution serves Execution. An Execute stream is a watch of an operation that any frontend can take
+// up again: nothing about it is kept here.
+type execution struct {
+	repb.UnimplementedExecutionServer
+	broker  *broker.Client
+	actions *actioncache.Cache
+	blobs   cas.Store
+	answers *answers
+	waiters *waiters
+	limits  Limits
+	metrics *metrics
+	enabled bool
+}
+
+// operationStream is an Execute or WaitExecution stream.
+type operationStream = grpc.ServerStreamingServer[longrunningpb.Operation]
+
+// Execute answers from the action cache or queues the action and follows its operation to the end.
+// What is wrong with the request itself is a gRPC status; what is wrong with the blobs it names is the
+// status in the response of a done operation (rows EXA-2, D6, D7).
+func (e *execution) Execute(req *repb.ExecuteRequest, stream operationStream) error {
+	ctx, leave, err := e.waiters.enter(stream.Context())
+	if err != nil {
+		return err
+	}
+	defer leave()
+	action, err := e.admit(req)
+	if err != nil {
+		return err
+	}
+	want := wants{stdout: req.GetInlineStdout(), stderr: req.GetInlineStderr(), files: e.limits.inlineFiles(req.GetInlineOutputFiles())}
+	name, err := e.start(ctx, req, action)
+	var found *cached
+	var refused *refusal
+	switch {
+	case errors.As(err, &found):
+		err = e.finish(ctx, stream, "cached-", action, want, &repb.ExecuteResponse{
+			Result: found.result, CachedResult: true, Status: &statuspb.Status{},
+		})
+	case errors.As(err, &refused):
+		err = e.finish(ctx, stream, "refused-", action, want, &repb.ExecuteResponse{
+			Status: statusOf(refused.cause, maxViolations).Proto(),
+		})
+	case err == nil:
+		err = e.follow(ctx, stream, name, want)
+		if errors.Is(err, errNotFound) || errors.Is(err, broker.ErrNotFound) {
+			// The operation was deleted or its response is gone. NOT_FOUND is final for Execute; told to
+			// come again, a client waits for the operation, finds it gone and executes anew.
+			err = fmt.Errorf("%w: %s: %w", errInterrupted, name, err)
+		}
+	}
+	return endOf(ctx, err)
+}
+
+// cached is the error that carries a result of the action cache out of the way to the queue.
+type cached struct{ result *repb.ActionResult }
+
+func (c *cached) Error() string { return "the action cache has a result" }
+
+// refusal reports an action that can't be executed as it is, which is an answer and not a failure
+// of the call.
+type refusal struct{ cause error }
+
+func (r *refusal) Error() string { return r.cause.Error() }
+func (r *refusal) Unwrap() error { return r.cause }
+
+// admit checks all of a request that needs no blob.
+func (e *execution) admit(req *repb.ExecuteRequest) (digest.Digest, error) {
+	if !e.enabled {
+		return digest.Digest{}, fmt.Errorf("%w: remote execution is turned off on this farm", errDisabled)
+	}
+	action, err := parseAction(req.GetInstanceName(), req.GetDigestFunction(), req.GetActionDigest())
+	if err != nil {
+		return digest.Digest{}, err
+	}
+	return action, errors.Join(
+		checkPriority("execution_policy.priority", req.GetExecutionPolicy().GetPriority()),
+		checkPriority("results_cache_policy.priority", req.GetResultsCachePolicy().GetPriority()),
+	)
+}
+
+// start returns the operation that runs the action. The error is *cached when the action cache has
+// a result that the request accepts, and *refusal when the action cannot run.
+func (e *execution) start(ctx context.Context, req *repb.ExecuteRequest, action digest.Digest) (string, error) {
+	look := func(ctx context.Context) error {
+		result, err := lookup(ctx, e.actions, action, e.metrics)
+		if errors.Is(err, actioncache.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		return &cached{result: result}
+	}
+	request := broker.Request{
+		Action:          action,
+		Priority:        req.GetExecutionPolicy().GetPriority(),
+		SkipCacheLookup: req.GetSkipCacheLookup(),
+		Metadata:        requestMetadata(ctx),
+	}
+	if !request.SkipCacheLookup {
+		// A hit needs the digest alone: the action itself may be gone by now (row EXV-30).
+		if err := look(ctx); err != nil {
+			return "", err
+		}
+	}
+	message, platform, err := e.inspect(ctx, action)
+	if err != nil {
+		return "", err
+	}
+	request.Platform, request.DoNotCache = platform, message.GetDoNotCache()
+	if !request.SkipCacheLookup && !request.DoNotCache {
+		request.Confirm = look
+	}
+	name, err := e.broker.Submit(ctx, request)
+	if errors.Is(err, broker.ErrNoWorker) || errors.Is(err, broker.ErrInvalid) {
+		return "", &refusal{cause: err}
+	}
+	return name, err
+}
+
+// inspect reads what the queue needs to know of an action. Its errors are refusals, except for those
+// of a CAS that does not answer.
+func (e *execution) inspect(ctx context.Context, action digest.Digest) (*repb.Action, broker.Platform, error) {
+	message, err := e.readAction(ctx, action)
+	if err != nil {
+		return nil, nil, refuse(err)
+	}
+	asked := message.GetPlatform()
+	if asked == nil {
+		d, err := action.Space().Parse(message.GetCommandDigest())
+		if err != nil {
+			return nil, nil, refuse(err)
+		}
+		command := new(repb.Command)
+		if err := readMessage(ctx, e.blobs, d, e.limits.MaxCommandBytes, command); err != nil {
+			return nil, nil, refuse(err)
+		}
+		asked = command.GetPlatform() //nolint:staticcheck // what clients of REAPI 2.0 and 2.1 send
+	}
+	platform, err := broker.PlatformOf(asked)
+	if err != nil {
+		return nil, nil, refuse(err)
+	}
+	return message, platform, nil
+}
+
+// readAction returns a checked action whose command and input root are in the CAS.
+func (e *execution) readAction(ctx context.Context, action digest.Digest) (*repb.Action, error) {
+	message := new(repb.Action)
+	if err := readMessage(ctx, e.blobs, action, e.limits.MaxActionBytes, message); err != nil {
+		return nil, err
+	}
+	command, err := action.Space().Parse(message.GetCommandDigest())
+	if err != nil {
+		return nil, fmt.Errorf("command_digest of action %v: %w", action, err)
+	}
+	root, err := action.Space().Parse(message.GetInputRootDigest())
+	if err != nil {
+		return nil, fmt.Errorf("input_root_digest of action %v: %w", action, err)
+	}
+	if timeout := message.GetTimeout(); timeout != nil {
+		if timeout.CheckValid() != nil || timeout.AsDuration() < 0 {
+			return nil, fmt.Errorf("%w: timeout %s of action %v", errInvalid, durationText(timeout), action)
+		}
+		if timeout.AsDuration() > e.limits.MaxActionTimeout {
+			return nil, fmt.Errorf("%w: timeout %s of action %v is above the farm's maximum of %v",
+				errInvalid, durationText(timeout), action, e.limits.MaxActionTimeout)
+		}
+	}
+	missing, err := e.blobs.Missing(ctx, []digest.Digest{command, root})
+	if err != nil {
+		return nil, err
+	}
+	if len(missing) > 0 {
+		return nil, &missingError{missing: missing}
+	}
+	return message, nil
+}
+
+// refuse makes an error a refusal when it is about the action.
+func refuse(err error) error {
+	if missingOf(err) != nil || errors.Is(err, errInvalid) || errors.Is(err, digest.ErrInvalid) || errors.Is(err, broker.ErrInvalid) {
+		return &refusal{cause: err}
+	}
+	return err
+}
+
+// finish sends the only message of a stream that has no operation of the broker. Its name is unguessable
+// like theirs, and unknown to WaitExecution, after which clients execute again.
+func (e *execution) finish(ctx context.Context, stream operationStream, prefix string, action digest.Digest, want wants, response *repb.ExecuteResponse) error {
+	if err := e.answers.inline.apply(ctx, action.Space(), response.GetResult(), want); err != nil {
+		return err
+	}
+	op, err := e.answers.finished(prefix+rand.Text(), action, response)
+	if err != nil {
+		return err
+	}
+	return stream.Send(op)
+}
+
+// follow sends the states of an operation, the present one at once, until it is done.
+func (e *execution) follow(ctx context.Context, stream operationStream, name string, want wants) error {
+	for op, err := range e.broker.Watch(ctx, name) {
+		if err != nil {
+			return err
+		}
+		answer, err := e.answers.of(ctx, op, want)
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(answer); err != nil {
+			return err
+		}
+		if op.Done() {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: %s", errInterrupted, name)
+}
+
+// WaitExecution follows an operation that some frontend has started. A name that no operation has is
+// NOT_FOUND, however it looks: only that makes clients execute again (row WAIT-3).
+func (e *execution) WaitExecution(req *repb.WaitExecutionRequest, stream operationStream) error {
+	ctx, leave, err := e.waiters.enter(stream.Context())
+	if err != nil {
+		return err
+	}
+	defer leave()
+	return endOf(ctx, e.follow(ctx, stream, req.GetName(), wants{}))
+}
+
+// metadataHeader carries the client's RequestMetadata.
+const metadataHeader = "build.bazel.remote.execution.v2.requestmetadata-bin"
+
+// requestMetadata returns what the client says of itself, or nil (row GEN-24).
+func requestMetadata(ctx context.Context) *repb.RequestMetadata {
+	for _, value := range metadata.ValueFromIncomingContext(ctx, metadataHeader) {
+		m := new(repb.RequestMetadata)
+		if proto.Unmarshal([]byte(value), m) == nil {
+			return m
+		}
+	}
+	return nil
+}
