@@ -1,0 +1,313 @@
+package objectstore
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"strconv"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// windowChunks is the size of one window of a read in chunks. A reader holds two windows at most:
+// the one it reads and the one that arrives meanwhile.
+const windowChunks = 4
+
+// findObject returns the large blob if this bucket has it. A replica that lacks it is doubted if the
+// caller says so, and then the leader is asked.
+func (s *Store) findObject(ctx context.Context, b *bucket, d digest.Digest, doubt bool) (object, error) {
+	m, err := s.bulk.last(ctx, b.stream, b.meta(d))
+	if errors.Is(err, cas.ErrNotFound) && doubt {
+		m, err = s.bulk.lastFromLeader(ctx, b.stream, b.meta(d))
+	}
+	if err != nil {
+		return object{}, err
+	}
+	o, err := decodeObject(b, d, m)
+	if err != nil {
+		return object{}, fmt.Errorf("%w: %w", cas.ErrNotFound, err)
+	}
+	return o, nil
+}
+
+// openLarge returns a reader of the blob if this bucket has it. The first window is already asked
+// for.
+func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+	o, err := s.findObject(ctx, b, d, s.doubts(known))
+	if err != nil {
+		return nil, err
+	}
+	s.index.set(keyOf(d), newEntry(b, d.Size()))
+
+	arriving := make(chan *nats.Msg, 3*(windowChunks+1))
+	inbox := s.bulk.conn.NewInbox()
+	sub, err := s.bulk.conn.ChanSubscribe(inbox+".*", arriving)
+	if err != nil {
+		return nil, brokerError(ctx, err)
+	}
+	r := &largeReader{digest: d, object: o, inbox: inbox, sub: sub, left: d.Size() - offset}
+	if offset == 0 {
+		r.hash = d.Space().Function().New()
+	}
+	r.ask = func(reply string, request []byte) error {
+		return brokerError(ctx, s.bulk.conn.PublishRequest("$JS.API.DIRECT.GET."+b.stream, reply, request))
+	}
+	r.receive = func() (*nats.Msg, error) { return receive(ctx, arriving, s.cfg.StallTimeout) }
+	r.leader = func(after uint64) (stored, error) {
+		return s.bulk.nextFromLeader(ctx, b.stream, o.chunks, after+1)
+	}
+	r.discard = func() { s.discard(ctx, b, d, o.sequence) }
+	r.count = func(n int) { s.metrics.readBytes.Add(float64(n)) }
+	if err := r.start(offset); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+// receive returns the next message, or cas.ErrUnavailable when none comes within stall.
+func receive(ctx context.Context, arriving <-chan *nats.Msg, stall time.Duration) (*nats.Msg, error) {
+	select {
+	case m := <-arriving:
+		return m, nil
+	default:
+	}
+	timer := time.NewTimer(stall)
+	defer timer.Stop()
+	select {
+	case m := <-arriving:
+		return m, nil
+	case <-timer.C:
+		return nil, fmt.Errorf("%w: the broker was silent for %v", cas.ErrUnavailable, stall)
+	case <-ctx.Done():
+		return nil, ended(ctx)
+	}
+}
+
+// window is a run of chunks that one request asks for.
+type window struct {
+	next, end int // the chunks to be delivered yet: [next, end)
+	reply     string
+	arrived   []*nats.Msg
+	complete  bool   // the broker has nothing more to send for this request
+	after     uint64 // the sequence before the chunk next
+}
+
+// largeReader reads the chunks of a large blob in windows of direct gets, one window ahead. It
+// belongs to one goroutine.
+type largeReader struct {
+	digest digest.Digest
+	object object
+	hash   hash.Hash // nil unless the read began at 0
+	inbox  string
+	sub    *nats.Subscription
+
+	// These are bound to the context of Open.
+	ask     func(reply string, request []byte) error
+	receive func() (*nats.Msg, error)
+	leader  func(after uint64) (stored, error)
+	discard func()
+	count   func(n int)
+
+	asked   int       // the first chunk that was not asked for
+	windows []*window // at most two
+	chunk   []byte    // what is left of the chunk being read
+	skip    int64     // bytes to drop before the first one that was wanted
+	left    int64     // bytes to deliver
+	err     error     // how the read ended
+}
+
+// start asks for the first windows.
+func (r *largeReader) start(offset int64) error {
+	if r.left == 0 {
+		r.err = io.EOF
+		return nil
+	}
+	r.asked = int(offset / chunkSize)
+	r.skip = offset % chunkSize
+	return r.askAhead()
+}
+
+// askAhead keeps two windows under way.
+func (r *largeReader) askAhead() error {
+	chunks := chunksOf(r.digest)
+	for len(r.windows) < 2 && r.asked < chunks {
+		w := &window{next: r.asked, end: min(r.asked+windowChunks, chunks)}
+		w.reply = r.inbox + "." + strconv.Itoa(w.next)
+		w.after = r.object.positions[w.next] - 1
+		request, err := json.Marshal(map[string]any{
+			"seq":          w.after + 1,
+			"next_by_subj": r.object.chunks,
+			"batch":        w.end - w.next,
+			"max_bytes":    (w.end - w.next) * 2 * chunkSize,
+		})
+		if err != nil {
+			return err
+		}
+		if err := r.ask(w.reply, request); err != nil {
+			return err
+		}
+		r.windows = append(r.windows, w)
+		r.asked = w.end
+	}
+	return nil
+}
+
+// advance makes the next chunk the current one.
+func (r *largeReader) advance() error {
+	w := r.windows[0]
+	for len(w.arrived) == 0 && !w.complete {
+		m, err := r.receive()
+		if err != nil {
+			return err
+		}
+		if err := r.sort(m); err != nil {
+			return err
+		}
+	}
+	var data []byte
+	if len(w.arrived) > 0 {
+		m := w.arrived[0]
+		w.arrived = w.arrived[1:]
+		sequence, err := strconv.ParseUint(header(m, jetstream.SequenceHeader), 10, 64)
+		if err != nil {
+			return fmt.Errorf("%w: a chunk came without a sequence", cas.ErrUnavailable)
+		}
+		w.after, data = sequence, m.Data
+	} else {
+		// The replica that answered lacks the chunk. It may lag behind; the leader does not.
+		m, err := r.leader(w.after)
+		if errors.Is(err, cas.ErrNotFound) {
+			return r.damaged("a chunk is missing")
+		}
+		if err != nil {
+			return err
+		}
+		w.after, data = m.sequence, m.data
+	}
+	if int64(len(data)) != min(chunkSize, r.digest.Size()-int64(w.next)*chunkSize) {
+		return r.damaged("a chunk has the wrong size")
+	}
+	w.next++
+	if w.next == w.end {
+		r.windows = r.windows[1:]
+		if err := r.askAhead(); err != nil {
+			return err
+		}
+	}
+	if r.hash != nil {
+		r.hash.Write(data)
+	}
+	drop := min(r.skip, int64(len(data)))
+	r.skip -= drop
+	r.chunk = data[drop:]
+	r.count(len(r.chunk))
+	return nil
+}
+
+// sort gives a message to its window. One of a window that is done is dropped.
+func (r *largeReader) sort(m *nats.Msg) error {
+	for _, w := range r.windows {
+		if w.reply != m.Subject {
+			continue
+		}
+		status := header(m, "Status")
+		switch status {
+		case "":
+			w.arrived = append(w.arrived, m)
+		case "204", "404":
+			w.complete = true
+		case "503":
+			return fmt.Errorf("%w: %w", cas.ErrUnavailable, nats.ErrNoResponders)
+		default:
+			return directError(status, m)
+		}
+	}
+	return nil
+}
+
+// damaged makes the store forget its copy.
+func (r *largeReader) damaged(how string) error {
+	r.discard()
+	return fmt.Errorf("%w: blob %v is damaged: %s", cas.ErrMismatch, r.digest, how)
+}
+
+// fill sees to it that there are bytes to deliver, or returns how the read ended.
+func (r *largeReader) fill() error {
+	for len(r.chunk) == 0 && r.err == nil {
+		if r.left > 0 {
+			r.err = r.advance()
+		} else {
+			r.err = r.verdict()
+		}
+	}
+	return r.err
+}
+
+// verdict is io.EOF unless the bytes do not have the digest.
+func (r *largeReader) verdict() error {
+	if r.hash != nil && r.digest.Space().Sum(r.hash, r.digest.Size()) != r.digest {
+		return r.damaged("it has another hash")
+	}
+	return io.EOF
+}
+
+func (r *largeReader) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if err := r.fill(); err != nil {
+		return 0, err
+	}
+	n := copy(p, r.chunk)
+	r.chunk = r.chunk[n:]
+	r.left -= int64(n)
+	return n, nil
+}
+
+func (r *largeReader) WriteTo(w io.Writer) (int64, error) {
+	var total int64
+	for {
+		err := r.fill()
+		if errors.Is(err, io.EOF) {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+		n, err := w.Write(r.chunk)
+		r.chunk = r.chunk[n:]
+		r.left -= int64(n)
+		total += int64(n)
+		if err == nil && len(r.chunk) > 0 {
+			err = io.ErrShortWrite
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// Close ends the read. It may be called again.
+func (r *largeReader) Close() error {
+	if r.sub == nil {
+		return nil
+	}
+	if r.err == nil {
+		r.err = fmt.Errorf("read of %v after Close", r.digest)
+	}
+	r.chunk, r.windows = nil, nil
+	err := r.sub.Unsubscribe()
+	r.sub = nil
+	if errors.Is(err, nats.ErrConnectionClosed) {
+		return nil
+	}
+	return err
+}

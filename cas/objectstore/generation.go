@@ -1,0 +1,97 @@
+package objectstore
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// generation is the streams that were current at the same time.
+type generation struct {
+	number uint32
+	small  []*bucket // by shard; nil where the stream does not exist
+	large  []*bucket
+}
+
+// bucket returns where the generation holds a blob of this digest, or nil.
+func (g *generation) bucket(d digest.Digest) *bucket {
+	buckets := g.small
+	if familyOf(d) == large {
+		buckets = g.large
+	}
+	if len(buckets) == 0 {
+		return nil
+	}
+	return buckets[shardOf(d, len(buckets))]
+}
+
+// buckets returns all streams of the generation.
+func (g *generation) buckets() []*bucket {
+	return slices.DeleteFunc(slices.Concat(g.small, g.large), func(b *bucket) bool { return b == nil })
+}
+
+// shardOf spreads digests over n shards by their hash.
+func shardOf(d digest.Digest, n int) int {
+	hh := d.Hash()[2:4] // the first two digits spread subjects within a stream
+	return int(nibble(hh[0])<<4|nibble(hh[1])) % n
+}
+
+// nibble is the value of a lower-case hex digit, without a branch.
+func nibble(c byte) byte { return c&0xf + c>>6*9 }
+
+// add puts a bucket into its place.
+func (g *generation) add(b *bucket) {
+	buckets := &g.small
+	if b.family == large {
+		buckets = &g.large
+	}
+	for len(*buckets) <= b.shard {
+		*buckets = append(*buckets, nil)
+	}
+	(*buckets)[b.shard] = b
+}
+
+// openGenerations finds the live generations by the names of their streams, newest first, and makes
+// the streams of the newest complete. Without any it makes generation 1.
+func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config) ([]*generation, error) {
+	byNumber := make(map[uint32]*generation)
+	names := js.StreamNames(ctx)
+	for name := range names.Name() {
+		f, number, shard, ok := parseStream(name)
+		if !ok {
+			continue
+		}
+		if byNumber[number] == nil {
+			byNumber[number] = &generation{number: number}
+		}
+		byNumber[number].add(newBucket(f, number, shard, cfg.WriteBudget))
+	}
+	if err := names.Err(); err != nil {
+		return nil, fmt.Errorf("list streams: %w", err)
+	}
+	if len(byNumber) == 0 {
+		byNumber[1] = &generation{number: 1}
+	}
+	live := make([]*generation, 0, len(byNumber))
+	for _, g := range byNumber {
+		live = append(live, g)
+	}
+	slices.SortFunc(live, func(a, b *generation) int { return int(b.number) - int(a.number) })
+
+	current := live[0]
+	shards := max(1, len(current.small), len(current.large))
+	for _, f := range []family{small, large} {
+		for shard := range shards {
+			b := newBucket(f, current.number, shard, cfg.WriteBudget)
+			if err := b.create(ctx, js, cfg.Replicas, cfg.MaxBytes); err != nil {
+				return nil, fmt.Errorf("make stream %s: %w", b.stream, err)
+			}
+			current.add(b)
+		}
+	}
+	return live, nil
+}

@@ -1,0 +1,130 @@
+package objectstore
+
+import (
+	"crypto/sha256"
+	"sync"
+
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// key names a blob in the index: the first half of its hash, and outside the default key space
+// mixed with the hash of the space's token. Two blobs of one key would have to agree in 128 bits
+// of their hashes.
+type key [16]byte
+
+// keyer makes keys. It remembers the last space, since the digests of one request mostly share it.
+type keyer struct {
+	space digest.Space
+	mix   key
+}
+
+func (k *keyer) of(d digest.Digest) key {
+	if space := d.Space(); space != k.space {
+		k.space, k.mix = space, key{}
+		if space.Instance() != "" || space.Function() != digest.SHA256 {
+			sum := sha256.Sum256([]byte(space.Token()))
+			k.mix = key(sum[:len(k.mix)])
+		}
+	}
+	hash, out := d.Hash(), k.mix
+	for i := range out {
+		out[i] ^= nibble(hash[2*i])<<4 | nibble(hash[2*i+1])
+	}
+	return out
+}
+
+// keyOf is the key of a single digest.
+func keyOf(d digest.Digest) key {
+	var k keyer
+	return k.of(d)
+}
+
+// entry is what the index knows of a blob, packed: 20 bits of generation, one that tells a large
+// blob and 43 of size. No entry has size 0, since the empty blob is never stored.
+type entry uint64
+
+const (
+	sizeBits      = 43
+	sizeMask      = 1<<sizeBits - 1
+	maxGeneration = 1<<20 - 1
+)
+
+func newEntry(b *bucket, size int64) entry {
+	e := entry(b.generation)<<(sizeBits+1) | entry(size) //nolint:gosec // not negative
+	if b.family == large {
+		e |= 1 << sizeBits
+	}
+	return e
+}
+
+// lostEntry announces that a generation does not have a blob.
+func lostEntry(generation uint32) entry { return entry(generation) << (sizeBits + 1) }
+
+func (e entry) generation() uint32 { return uint32(e >> (sizeBits + 1)) }
+func (e entry) size() int64        { return int64(e & sizeMask) }
+
+// indexShards spreads the index over locks.
+const indexShards = 64
+
+// index tells which blobs exist and in which generation. It may lack some; it never has one that
+// was not stored.
+type index struct {
+	shards [indexShards]indexShard
+}
+
+type indexShard struct {
+	mu      sync.RWMutex
+	entries map[key]entry // guarded by mu
+}
+
+func newIndex() *index {
+	x := new(index)
+	for i := range x.shards {
+		x.shards[i].entries = make(map[key]entry)
+	}
+	return x
+}
+
+// shard uses a byte that a listing by hash prefix varies.
+func (x *index) shard(k key) *indexShard { return &x.shards[k[len(k)-1]%indexShards] }
+
+// get returns the entry of a blob of this size.
+func (x *index) get(k key, size int64) (entry, bool) {
+	s := x.shard(k)
+	s.mu.RLock()
+	e, ok := s.entries[k]
+	s.mu.RUnlock()
+	return e, ok && e.size() == size
+}
+
+// set adds an entry unless a newer generation has the blob.
+func (x *index) set(k key, e entry) {
+	s := x.shard(k)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if old, ok := s.entries[k]; !ok || old.generation() < e.generation() {
+		s.entries[k] = e
+	}
+}
+
+// forget removes the blob if it is known from this generation or an older one.
+func (x *index) forget(k key, generation uint32) {
+	s := x.shard(k)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e, ok := s.entries[k]; ok && e.generation() <= generation {
+		delete(s.entries, k)
+	}
+}
+
+// len counts the entries.
+func (x *index) len() int {
+	n := 0
+	for i := range x.shards {
+		s := &x.shards[i]
+		s.mu.RLock()
+		n += len(s.entries)
+		s.mu.RUnlock()
+	}
+	return n
+}

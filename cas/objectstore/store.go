@@ -1,0 +1,301 @@
+package objectstore
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// Store is a cas.Store in JetStream.
+type Store struct {
+	cfg     Config
+	metrics *metrics
+	index   *index
+	live    []*generation // newest first, never empty
+	news    news
+	buffers buffers
+
+	small, bulk             api
+	smallWrites, bulkWrites publisher
+}
+
+var _ cas.Store = (*Store)(nil)
+
+// ackMemory is how many stall bounds the client remembers a publish of a large blob for. The wait
+// for it is bounded on its own.
+const ackMemory = 6
+
+// Open makes the streams that are missing and builds the index. Errors of the broker wrap
+// cas.ErrUnavailable. The Store works without Run, but knows of what other processes store only by
+// asking for it.
+func Open(ctx context.Context, cfg Config) (*Store, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		cfg:   cfg,
+		index: newIndex(),
+		news:  news{sender: rand.Uint64(), wake: make(chan struct{}, 1)}, //nolint:gosec // a name, not a secret
+		small: api{conn: cfg.Small, timeout: cfg.RequestTimeout},
+		bulk:  api{conn: cfg.Bulk, timeout: cfg.RequestTimeout},
+	}
+	if s.smallWrites, err = newPublisher(cfg.Small, cfg.RequestTimeout); err != nil {
+		return nil, fmt.Errorf("objectstore: %w", err)
+	}
+	if s.bulkWrites, err = newPublisher(cfg.Bulk, ackMemory*cfg.StallTimeout); err != nil {
+		return nil, fmt.Errorf("objectstore: %w", err)
+	}
+	if s.live, err = openGenerations(ctx, s.smallWrites.js, cfg); err != nil {
+		return nil, fmt.Errorf("objectstore: %w", brokerError(ctx, err))
+	}
+	for _, g := range s.live {
+		if err := s.list(ctx, g); err != nil {
+			return nil, fmt.Errorf("objectstore: %w", err)
+		}
+	}
+	if s.metrics, err = newMetrics(cfg.Registerer, s.index); err != nil {
+		return nil, fmt.Errorf("objectstore: %w", err)
+	}
+	return s, nil
+}
+
+// current is the generation that is written to.
+func (s *Store) current() *generation { return s.live[0] }
+
+// generation returns the live generation of this number, or nil.
+func (s *Store) generation(number uint32) *generation {
+	for _, g := range s.live {
+		if g.number == number {
+			return g
+		}
+	}
+	return nil
+}
+
+// Open returns the bytes of a blob from offset on, see cas.Store. A blob of at most 512 KiB is
+// verified as a whole before the first byte, whatever the offset. A blob that the index does not
+// know is looked for in every live generation.
+func (s *Store) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	r, err := s.open(ctx, d, offset)
+	s.metrics.gets.WithLabelValues(result(err)).Inc()
+	if err != nil {
+		return nil, fmt.Errorf("read blob %v: %w", d, err)
+	}
+	return r, nil
+}
+
+func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	switch {
+	case ctx.Err() != nil:
+		return nil, ended(ctx)
+	case offset < 0 || offset > d.Size():
+		return nil, fmt.Errorf("offset %d is outside of it", offset)
+	case d.IsEmpty():
+		return &memoryReader{*bytes.NewReader(nil)}, nil
+	case d.IsImpossible():
+		return nil, cas.ErrNotFound
+	}
+	k := keyOf(d)
+	e, known := s.index.get(k, d.Size())
+	if known {
+		if g := s.generation(e.generation()); g != nil {
+			r, err := s.openIn(ctx, g, d, offset, true)
+			if !errors.Is(err, cas.ErrNotFound) {
+				return r, err
+			}
+		}
+		s.forget(k, e.generation())
+	}
+	for _, g := range s.live {
+		if known && g.number == e.generation() {
+			continue
+		}
+		r, err := s.openIn(ctx, g, d, offset, false)
+		if !errors.Is(err, cas.ErrNotFound) {
+			return r, err
+		}
+	}
+	return nil, cas.ErrNotFound
+}
+
+func (s *Store) openIn(ctx context.Context, g *generation, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+	b := g.bucket(d)
+	if b == nil {
+		return nil, cas.ErrNotFound
+	}
+	if b.family == large {
+		return s.openLarge(ctx, b, d, offset, known)
+	}
+	return s.openSmall(ctx, b, d, offset, known)
+}
+
+// doubts tells whether to ask the leader when a direct get finds nothing: a replica may lag behind
+// the write, of which the index may know.
+func (s *Store) doubts(known bool) bool { return known || s.cfg.Replicas > 1 }
+
+// Put stores a blob, see cas.Store. A blob that the index knows is not read.
+func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
+	err := s.put(ctx, d, r)
+	s.metrics.puts.WithLabelValues(result(err)).Inc()
+	var fault *sourceError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &fault):
+		return fault.err
+	}
+	return fmt.Errorf("store blob %v: %w", d, err)
+}
+
+func (s *Store) put(ctx context.Context, d digest.Digest, r io.Reader) error {
+	switch {
+	case ctx.Err() != nil:
+		return ended(ctx)
+	case d.IsEmpty():
+		return nil
+	case d.IsImpossible():
+		return fmt.Errorf("%w: no content has it", cas.ErrMismatch)
+	case d.Size() > maxChunks*chunkSize:
+		return fmt.Errorf("%w: blobs of more than %d bytes cannot be stored", cas.ErrFull, int64(maxChunks*chunkSize))
+	}
+	if _, known := s.index.get(keyOf(d), d.Size()); known {
+		return nil
+	}
+	if familyOf(d) == large {
+		return s.putLarge(ctx, d, r)
+	}
+	return s.putSmall(ctx, d, r)
+}
+
+// stored makes a blob known that this process has just stored or found.
+func (s *Store) stored(b *bucket, d digest.Digest) {
+	k, e := keyOf(d), newEntry(b, d.Size())
+	s.index.set(k, e)
+	s.metrics.writtenBytes.Add(float64(d.Size()))
+	if !s.news.add(record{k, e}) {
+		s.metrics.lostAnnouncements.Inc()
+	}
+}
+
+// discard removes the message that makes a damaged blob visible, so that it can be stored again,
+// and makes everybody forget the blob.
+func (s *Store) discard(ctx context.Context, b *bucket, d digest.Digest, sequence uint64) {
+	cleaning, cancel := detached(ctx, s.cfg.RequestTimeout)
+	defer cancel()
+	err := s.small.delete(cleaning, b.stream, sequence)
+	s.cfg.Log.ErrorContext(ctx, "a stored blob is damaged and was dropped", "blob", d.String(), "stream", b.stream, "sequence", sequence, "err", err)
+	s.forget(keyOf(d), b.generation)
+}
+
+// forget makes everybody forget a blob that this generation does not have.
+func (s *Store) forget(k key, generation uint32) {
+	s.index.forget(k, generation)
+	if !s.news.add(record{k, lostEntry(generation)}) {
+		s.metrics.lostAnnouncements.Inc()
+	}
+}
+
+// Missing returns the digests that the index does not know, see cas.Store. A blob that another
+// process stored within the last milliseconds may be among them.
+func (s *Store) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error) {
+	if ctx.Err() != nil {
+		return nil, fmt.Errorf("look for %d blobs: %w", len(ds), ended(ctx))
+	}
+	type name struct {
+		key  key
+		size int64
+	}
+	var missing []digest.Digest
+	var seen map[name]struct{}
+	var keys keyer
+	for _, d := range ds {
+		if d.IsEmpty() {
+			continue
+		}
+		k := keys.of(d)
+		if _, ok := s.index.get(k, d.Size()); ok {
+			continue
+		}
+		n := name{k, d.Size()}
+		if _, again := seen[n]; again {
+			continue
+		}
+		if seen == nil {
+			seen = make(map[name]struct{})
+		}
+		seen[n] = struct{}{}
+		missing = append(missing, d)
+	}
+	return missing, nil
+}
+
+// confirmWidth is how many streams Confirm asks at the same time.
+const confirmWidth = 16
+
+// Confirm is Missing with certainty: what the index does not know is looked for in the streams. It
+// costs the broker no read of blob data.
+func (s *Store) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error) {
+	doubtful, err := s.Missing(ctx, ds)
+	if err != nil || len(doubtful) == 0 {
+		return nil, err
+	}
+	found := make([]atomic.Bool, len(doubtful))
+	group, bound := errgroup.WithContext(ctx)
+	group.SetLimit(confirmWidth)
+	for i, d := range doubtful {
+		if d.IsImpossible() {
+			continue
+		}
+		group.Go(func() error {
+			ok, err := s.find(bound, d)
+			found[i].Store(ok)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, fmt.Errorf("look for %d blobs: %w", len(ds), err)
+	}
+	var missing []digest.Digest
+	for i, d := range doubtful {
+		if !found[i].Load() {
+			missing = append(missing, d)
+		}
+	}
+	return missing, nil
+}
+
+// find asks the leaders of the live generations for a blob and adds it to the index.
+func (s *Store) find(ctx context.Context, d digest.Digest) (bool, error) {
+	for _, g := range s.live {
+		b := g.bucket(d)
+		if b == nil {
+			continue
+		}
+		var found bool
+		var err error
+		if b.family == small {
+			err = s.small.subjects(ctx, b.stream, b.chunks+tail(d), func(string) { found = true })
+		} else {
+			_, err = s.findObject(ctx, b, d, true)
+			found = err == nil
+		}
+		if err != nil && !errors.Is(err, cas.ErrNotFound) {
+			return false, err
+		}
+		if found {
+			s.index.set(keyOf(d), newEntry(b, d.Size()))
+			return true, nil
+		}
+	}
+	return false, nil
+}

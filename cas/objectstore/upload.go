@@ -1,0 +1,260 @@
+package objectstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nuid"
+
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// uploadWindow is how many chunks of one upload wait for their acknowledgement at most.
+const uploadWindow = 8
+
+// upload writes one large blob. Its chunks have a subject of their own, so uploads of the same blob
+// don't meet until one of them stores the metadata, which is what makes the blob visible; the
+// others find it and remove their chunks. Every upload ends in commit or abandon.
+type upload struct {
+	store  *Store
+	bucket *bucket
+	digest digest.Digest
+
+	nuid    string
+	hash    hash.Hash
+	begun   bool     // a chunk was sent
+	unacked []sent   // oldest first
+	stored  []uint64 // the sequences of the acknowledged chunks
+}
+
+// sent is a chunk on its way, which holds its size of the bucket's budget.
+type sent struct {
+	ack  *ack
+	size int64
+}
+
+// putLarge stores a blob of more than one chunk.
+func (s *Store) putLarge(ctx context.Context, d digest.Digest, r io.Reader) error {
+	b := s.current().bucket(d)
+	if _, err := s.findObject(ctx, b, d, false); err == nil {
+		s.index.set(keyOf(d), newEntry(b, d.Size()))
+		return nil
+	} else if !errors.Is(err, cas.ErrNotFound) {
+		return err
+	}
+	u := upload{store: s, bucket: b, digest: d, nuid: tail(d) + "." + nuid.Next(), hash: d.Space().Function().New()}
+	err := u.send(ctx, r)
+	if err == nil {
+		err = u.commit(ctx)
+	}
+	switch {
+	case err == nil:
+		s.stored(b, d)
+		return nil
+	case errors.Is(err, errUncertain):
+		u.leave(ctx, err)
+		return err
+	}
+	u.abandon(ctx)
+	switch {
+	case errors.Is(err, errExists):
+		s.stored(b, d)
+		return nil
+	case errors.Is(err, errKnown):
+		return nil
+	}
+	return err
+}
+
+// errKnown ends an upload of a blob that the index has learned of meanwhile.
+var errKnown = errors.New("stored by another upload")
+
+// send publishes the chunks and returns when all are stored, or errKnown.
+func (u *upload) send(ctx context.Context, r io.Reader) error {
+	buffer := u.store.buffers.get(chunkSize)
+	defer u.store.buffers.put(buffer)
+	src := source{r: r}
+	for left := u.digest.Size(); left > 0; {
+		if _, known := u.store.index.get(keyOf(u.digest), u.digest.Size()); known {
+			return errKnown
+		}
+		data := buffer[:min(left, chunkSize)]
+		if err := src.fill(ctx, data); err != nil {
+			return err
+		}
+		left -= int64(len(data))
+		u.hash.Write(data)
+		if left == 0 {
+			if err := u.verify(ctx, &src); err != nil {
+				return err
+			}
+		}
+		if err := u.publish(ctx, data); err != nil {
+			return err
+		}
+	}
+	return u.await(ctx, 0)
+}
+
+// verify checks the whole blob before its last chunk is sent.
+func (u *upload) verify(ctx context.Context, src *source) error {
+	if err := src.finish(ctx); err != nil {
+		return err
+	}
+	if u.digest.Space().Sum(u.hash, src.total) != u.digest {
+		return fmt.Errorf("%w: the bytes have another hash", cas.ErrMismatch)
+	}
+	return nil
+}
+
+func (u *upload) publish(ctx context.Context, data []byte) error {
+	if err := u.await(ctx, uploadWindow-1); err != nil {
+		return err
+	}
+	size := int64(len(data))
+	for !u.bucket.budget.TryAcquire(size) {
+		if len(u.unacked) == 0 {
+			if err := u.bucket.budget.Acquire(ctx, size); err != nil {
+				return ended(ctx)
+			}
+			break
+		}
+		// What this upload holds comes back with its own acknowledgements.
+		if err := u.await(ctx, len(u.unacked)-1); err != nil {
+			return err
+		}
+	}
+	u.begun = true
+	a, err := u.store.bulkWrites.publish(ctx, u.bucket.chunks+u.nuid, nil, data)
+	if err != nil {
+		u.bucket.budget.Release(size)
+		return err
+	}
+	u.unacked = append(u.unacked, sent{ack: a, size: size})
+	return nil
+}
+
+// await returns when at most n chunks are not acknowledged.
+func (u *upload) await(ctx context.Context, n int) error {
+	for len(u.unacked) > n {
+		sequence, err := u.unacked[0].ack.waitFor(ctx, u.store.cfg.StallTimeout)
+		if err != nil {
+			// Even a busy stream ends the upload: it may have stored later chunks, and this one sent
+			// again would come behind them. What may still arrive is waited for by abandon.
+			return notBusy(err)
+		}
+		u.bucket.budget.Release(u.unacked[0].size)
+		u.unacked = u.unacked[1:]
+		if n := len(u.stored); n > 0 && sequence <= u.stored[n-1] {
+			return fmt.Errorf("%w: the stream stored chunks out of order", cas.ErrUnavailable)
+		}
+		u.stored = append(u.stored, sequence)
+	}
+	return nil
+}
+
+// errUncertain reports a commit whose outcome is unknown, so that the chunks must stay.
+var errUncertain = errors.New("the broker did not say whether the blob is stored")
+
+// commit stores the metadata. It does not end with ctx, only with the bound of a request, because
+// chunks may only be removed when it is known that no metadata names them.
+func (u *upload) commit(ctx context.Context) error {
+	ctx, cancel := detached(ctx, u.store.cfg.RequestTimeout)
+	defer cancel()
+	data, err := encodeObject(u.bucket, u.digest, u.nuid, u.stored)
+	if err != nil {
+		return err
+	}
+	err = u.storeMetadata(ctx, 0, data)
+	if !errors.Is(err, errExists) {
+		return err
+	}
+	found, err := u.store.bulk.lastFromLeader(ctx, u.bucket.stream, u.bucket.meta(u.digest))
+	if err != nil {
+		return err
+	}
+	if o, err := decodeObject(u.bucket, u.digest, found); err == nil {
+		return u.compare(o)
+	}
+	// Someone deleted or damaged the object; this upload takes its place.
+	return u.storeMetadata(ctx, found.sequence, data)
+}
+
+func (u *upload) storeMetadata(ctx context.Context, after uint64, data []byte) error {
+	return whileBusy(ctx, func() error {
+		a, err := u.store.bulkWrites.publish(ctx, u.bucket.meta(u.digest), expect(after), data)
+		if errors.Is(err, nats.ErrMaxPayload) {
+			return err
+		}
+		if err != nil {
+			return u.resolve(ctx, err)
+		}
+		_, err = a.wait(ctx)
+		if err == nil || errors.Is(err, errExists) || errors.Is(err, errBusy) || errors.Is(err, cas.ErrFull) {
+			return err
+		}
+		return u.resolve(ctx, err)
+	})
+}
+
+// resolve finds out whether a metadata message without an acknowledgement was stored.
+func (u *upload) resolve(ctx context.Context, cause error) error {
+	reading, cancel := detached(ctx, u.store.cfg.RequestTimeout)
+	defer cancel()
+	var m stored
+	err := retry(reading, cleanAttempts, cas.ErrUnavailable, func() (err error) {
+		m, err = u.store.bulk.lastFromLeader(reading, u.bucket.stream, u.bucket.meta(u.digest))
+		return err
+	})
+	if err == nil {
+		if o, err := decodeObject(u.bucket, u.digest, m); err == nil {
+			return u.compare(o)
+		}
+	}
+	return fmt.Errorf("%w: %w: %w", cas.ErrUnavailable, errUncertain, cause)
+}
+
+// compare tells whether what is stored is this upload, or else errExists.
+func (u *upload) compare(o object) error {
+	if o.chunks == u.bucket.chunks+u.nuid {
+		return nil
+	}
+	return errExists
+}
+
+// abandon removes the chunks. It first waits for those on their way, which would otherwise be
+// stored after the purge.
+func (u *upload) abandon(ctx context.Context) {
+	s := u.store
+	cleaning, cancel := detached(ctx, s.cfg.RequestTimeout)
+	defer cancel()
+	var err error
+	for _, c := range u.unacked {
+		if _, silence := c.ack.wait(cleaning); !c.ack.answered {
+			err = silence
+		}
+		u.bucket.budget.Release(c.size)
+	}
+	u.unacked = nil
+	if !u.begun {
+		return
+	}
+	err = errors.Join(err, retry(cleaning, cleanAttempts, cas.ErrUnavailable, func() error {
+		return s.bulk.purge(cleaning, u.bucket.stream, u.bucket.chunks+u.nuid)
+	}))
+	if err != nil {
+		u.leave(ctx, err)
+	}
+}
+
+// leave records that the chunks stay although no metadata may name them. They go with the
+// generation.
+func (u *upload) leave(ctx context.Context, err error) {
+	u.store.metrics.orphans.Inc()
+	u.store.cfg.Log.WarnContext(ctx, "chunks of an upload are left behind", "stream", u.bucket.stream, "upload", u.nuid, "err", err)
+}
