@@ -36,6 +36,7 @@ type Queue struct {
 	pulls   uint64
 	inbox   string
 	replies chan *nats.Msg
+	bells   bells
 }
 
 // idleSweep is how long an idle worker sleeps when nobody rings: a job that was redelivered rings
@@ -52,7 +53,9 @@ const fromLast = 8
 // Queue returns the queue as the worker self sees it. Its name must be a valid subject token.
 func (c *Client) Queue(self WorkerInfo) *Queue {
 	self.Incarnation, self.Started = newName(), time.Now().UTC()
-	return &Queue{c: c, self: self, leases: map[*Lease]struct{}{}}
+	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}}
+	q.bells = bells{q: q, rung: make(chan *nats.Msg, bellBuffer)}
+	return q
 }
 
 // Run renews the leases and the registration until ctx ends, and then removes the registration. It
@@ -124,40 +127,58 @@ func (q *Queue) renew(ctx context.Context) {
 }
 
 // Next returns the next job that this worker may run, and waits for one until ctx ends. An
-// unreachable broker is no error: Next waits.
+// unreachable broker is no error: Next waits. It must not be called by two goroutines at once.
 func (q *Queue) Next(ctx context.Context) (*Lease, error) {
-	bells := bells{q: q}
-	defer bells.stop(ctx)
 	for {
 		pools, changed := q.c.view.serves(q.self.Platform)
 		lease, err := q.sweep(ctx, pools)
-		if lease != nil || ctx.Err() != nil {
-			if lease != nil && ctx.Err() != nil {
+		if lease == nil && err == nil && ctx.Err() == nil {
+			if q.bells.listen(ctx, pools) {
+				continue // a job may have come before the bell was heard
+			}
+			lease, err = q.idle(ctx, changed)
+		}
+		if ctx.Err() != nil {
+			q.bells.stop(ctx)
+			if lease != nil {
 				lease.giveBack(ctx)
 			}
-			return q.unlessDone(ctx, lease)
+			return nil, context.Cause(ctx)
+		}
+		if lease != nil {
+			if q.full() {
+				q.bells.stop(ctx)
+			}
+			return lease, nil
 		}
 		if err != nil {
 			q.c.log.WarnContext(ctx, "take a job", "err", err)
-		} else if bells.listen(ctx, pools) {
-			continue // a job may have come before the bell was heard
+			if err := pause(ctx, 6); err != nil {
+				return nil, err
+			}
 		}
-		timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep))
-		select {
-		case <-ctx.Done():
-		case <-bells.rung:
-		case <-changed:
-		case <-timer.C:
-		}
-		timer.Stop()
 	}
 }
 
-func (q *Queue) unlessDone(ctx context.Context, lease *Lease) (*Lease, error) {
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
+// idle waits for a reason to look for a job again. A bell says where to look first.
+func (q *Queue) idle(ctx context.Context, changed <-chan struct{}) (*Lease, error) {
+	timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep))
+	defer timer.Stop()
+	select {
+	case bell := <-q.bells.rung:
+		return q.pull(ctx, string(bell.Data))
+	case <-ctx.Done():
+	case <-changed:
+	case <-timer.C:
 	}
-	return lease, nil
+	return nil, nil //nolint:nilnil // no job and no error sends Next into another sweep
+}
+
+// full tells whether the worker has as many jobs as slots.
+func (q *Queue) full() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.leases) >= q.self.Slots
 }
 
 // sweep asks each lane of each pool for a job.
@@ -278,8 +299,8 @@ func (q *Queue) forget(l *Lease) {
 	q.mu.Unlock()
 }
 
-// bells listens for submitters while a worker is idle. A bell rings for one idle worker only; one
-// that rang for nothing is passed on.
+// bells listens for submitters while a worker has a free slot. A bell carries the name of the
+// consumer that has the job and rings for one worker only; one that rang for nothing is passed on.
 type bells struct {
 	q     *Queue
 	rung  chan *nats.Msg
@@ -289,13 +310,10 @@ type bells struct {
 
 // listen subscribes to the bells of pools and tells whether it had not yet listened to all of them.
 func (b *bells) listen(ctx context.Context, pools []string) bool {
-	if b.rung != nil && slices.Equal(b.pools, pools) {
+	if len(b.subs) > 0 && slices.Equal(b.pools, pools) {
 		return false
 	}
 	b.unsubscribe(ctx)
-	if b.rung == nil {
-		b.rung = make(chan *nats.Msg, bellBuffer)
-	}
 	for _, pool := range pools {
 		sub, err := b.q.c.nc.ChanQueueSubscribe(bellSubject+pool, "workers", b.rung)
 		if err != nil {
@@ -325,7 +343,7 @@ func (b *bells) stop(ctx context.Context) {
 	for {
 		select {
 		case msg := <-b.rung:
-			if err := b.q.c.nc.Publish(msg.Subject, nil); err != nil {
+			if err := b.q.c.nc.Publish(msg.Subject, msg.Data); err != nil {
 				return
 			}
 		default:

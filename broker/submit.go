@@ -147,7 +147,7 @@ func (c *Client) publishJob(ctx context.Context, job *record) error {
 		_, err := c.publish(ctx, &nats.Msg{Subject: jobSubjectOf(job), Data: payload})
 		switch {
 		case err == nil, errors.Is(err, errStoreFailed) && strings.Contains(err.Error(), "per subject"):
-			c.ring(ctx, job.Pool)
+			c.ring(ctx, job)
 			return nil
 		case errors.Is(err, errStoreFailed):
 			return fmt.Errorf("%w: %d operations wait or run", ErrQueueFull, c.maxQueued)
@@ -161,9 +161,9 @@ func (c *Client) publishJob(ctx context.Context, job *record) error {
 }
 
 // ring wakes an idle worker. Without it, one looks within a second.
-func (c *Client) ring(ctx context.Context, pool string) {
-	if err := c.nc.Publish(bellSubject+pool, nil); err != nil {
-		c.log.WarnContext(ctx, "ring for a worker", "pool", pool, "err", err)
+func (c *Client) ring(ctx context.Context, job *record) {
+	if err := c.nc.Publish(bellSubject+job.Pool, []byte(consumerName(job.Pool, job.Lane))); err != nil {
+		c.log.WarnContext(ctx, "ring for a worker", "pool", job.Pool, "err", err)
 	}
 }
 
