@@ -50,6 +50,21 @@ type Store interface {
 	Missing(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error)
 }
 
+// Confirmer is a Store whose Missing may forget what it has, and which can look harder.
+type Confirmer interface {
+	// Confirm is Missing without forgetting, at a higher price for what is absent.
+	Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error)
+}
+
+// Confirm returns which of ds are absent for certain. Whoever acts on absence, and does not merely
+// upload again, asks this instead of Missing.
+func Confirm(ctx context.Context, s Store, ds []digest.Digest) ([]digest.Digest, error) {
+	if c, ok := s.(Confirmer); ok {
+		return c.Confirm(ctx, ds)
+	}
+	return s.Missing(ctx, ds)
+}
+
 // ReadAll returns the bytes of a blob that has at most limit of them. A larger one is an error
 // that says so and names the blob. A blob that turns out shorter or longer than its digest says is
 // ErrMismatch. On an error no bytes are returned.

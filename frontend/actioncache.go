@@ -169,7 +169,7 @@ func stored(space digest.Space, result *repb.ActionResult) *repb.ActionResult {
 func readMessage(ctx context.Context, blobs cas.Store, d digest.Digest, limit int64, into proto.Message) error {
 	kind := into.ProtoReflect().Descriptor().Name()
 	if d.Size() > limit {
-		missing, err := blobs.Missing(ctx, []digest.Digest{d})
+		missing, err := cas.Confirm(ctx, blobs, []digest.Digest{d})
 		if err != nil {
 			return err
 		}

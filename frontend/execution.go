@@ -189,7 +189,7 @@ func (e *execution) readAction(ctx context.Context, action digest.Digest) (*repb
 				errInvalid, durationText(timeout), action, e.limits.MaxActionTimeout)
 		}
 	}
-	missing, err := e.blobs.Missing(ctx, []digest.Digest{command, root})
+	missing, err := cas.Confirm(ctx, e.blobs, []digest.Digest{command, root})
 	if err != nil {
 		return nil, err
 	}

@@ -134,7 +134,7 @@ func (w *treeWalk) read(ctx context.Context, ds []digest.Digest) ([]treeDirector
 func (w *treeWalk) readOne(ctx context.Context, d digest.Digest) (treeDirectory, error) {
 	found := treeDirectory{digest: d, size: int(min(d.Size(), int64(w.limits.MaxResponseBytes)))}
 	if d.Size() > int64(w.limits.MaxResponseBytes-treeOverhead) {
-		missing, err := w.blobs.Missing(ctx, []digest.Digest{d})
+		missing, err := cas.Confirm(ctx, w.blobs, []digest.Digest{d})
 		if err == nil && len(missing) == 0 {
 			err = fmt.Errorf("%w: directory %v does not fit into a message of %d bytes", errTooLarge, d, w.limits.MaxResponseBytes)
 		}

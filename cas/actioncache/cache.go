@@ -36,16 +36,10 @@ func (e *MissingError) Error() string {
 	return fmt.Sprintf("%d blobs of the action result are missing, the first is %v", len(e.Missing), e.Missing[0])
 }
 
-// Confirmer is a store that can look harder than Missing does before it calls a blob absent. What
-// it returns is what Missing would.
-type Confirmer interface {
-	Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error)
-}
-
 // Config is what Open needs.
 type Config struct {
 	Conn *nats.Conn
-	// Blobs has what the results name. When it is a Confirmer, Confirm is asked instead of Missing.
+	// Blobs has what the results name.
 	Blobs cas.Store
 	// Replicas is in how many brokers a result is kept, 1 by default.
 	Replicas int

@@ -171,11 +171,7 @@ func (n *named) ask(ctx context.Context) error {
 	if len(n.asked) == 0 {
 		return nil
 	}
-	find := n.blobs.Missing
-	if c, ok := n.blobs.(Confirmer); ok {
-		find = c.Confirm
-	}
-	missing, err := find(ctx, n.asked)
+	missing, err := cas.Confirm(ctx, n.blobs, n.asked)
 	n.asked = n.asked[:0]
 	n.missing = append(n.missing, missing...)
 	return err

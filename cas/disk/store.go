@@ -55,6 +55,11 @@ func (t *Tier) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Digest
 	return t.source.Missing(ctx, ds)
 }
 
+// Confirm implements cas.Confirmer.
+func (t *Tier) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error) {
+	return cas.Confirm(ctx, t.source, ds)
+}
+
 // reader reads the file to the size of the blob, verified when it begins at 0. A file that turns
 // out damaged is forgotten.
 func (t *Tier) reader(ctx context.Context, f *os.File, d digest.Digest, offset int64) io.ReadCloser {
