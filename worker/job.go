@@ -1,0 +1,198 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/genproto/googleapis/rpc/code"
+
+	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/worker/contain"
+	"github.com/jetfarm/jetfarm/worker/sandbox"
+)
+
+// job is one lease on its way to its end.
+type job struct {
+	w       *Worker
+	lease   *broker.Lease
+	spec    *broker.Job
+	slot    *sandbox.Slot // nil once it is released
+	started time.Time
+	begun   chan struct{} // closed when the operation is in the stage EXECUTING under this attempt
+	outcome string        // for the metrics
+}
+
+// do runs the job, settles it or gives it back, and leaves nothing.
+func (j *job) do(ctx context.Context) {
+	defer j.release()
+	response, err := j.guarded(ctx)
+	if err == nil {
+		var o broker.Outcome
+		if o, err = j.w.outcome(ctx, j.spec.Action.Space(), response); err == nil {
+			j.settle(ctx, o)
+			return
+		}
+	}
+	j.fail(ctx, err)
+}
+
+// guarded runs the job under its lease: the job's context ends when the lease does.
+func (j *job) guarded(ctx context.Context) (response *repb.ExecuteResponse, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(errFinished)
+	var g errgroup.Group
+	g.Go(func() error {
+		cancel(contain.Panics(func() error {
+			if err := j.lease.Begin(ctx); err != nil {
+				return err
+			}
+			close(j.begun)
+			return j.lease.Guard(ctx)
+		})())
+		return nil
+	})
+	defer func() {
+		// What the lease says goes before what it made of the job.
+		if cause := context.Cause(ctx); cause != nil && err != nil && !errors.Is(err, cause) {
+			err = errors.Join(cause, err)
+		}
+		cancel(errFinished)
+		err = errors.Join(err, g.Wait())
+	}()
+	err = contain.Panics(func() (err error) {
+		response, err = j.run(ctx)
+		return err
+	})()
+	return response, err
+}
+
+// run returns what the client gets. Every error is the farm's.
+func (j *job) run(ctx context.Context) (*repb.ExecuteResponse, error) {
+	x := &execution{job: j, meta: &repb.ExecutedActionMetadata{Worker: j.w.cfg.Name}}
+	err := x.fetch(ctx)
+	select {
+	case <-j.begun:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if j.lease.Attempt() > MaxAttempts {
+		j.outcome = outcomeUnavailable
+		return failure(code.Code_UNAVAILABLE, fmt.Sprintf("the action was tried on %d workers and finished on none", MaxAttempts)), nil
+	}
+	if result := j.earlier(ctx); result != nil {
+		j.outcome = outcomeCached
+		return &repb.ExecuteResponse{Result: result, CachedResult: true}, nil
+	}
+	var response *repb.ExecuteResponse
+	if err == nil {
+		response, err = x.execute(ctx)
+	}
+	if err != nil {
+		if response = blame(err); response == nil {
+			return nil, err
+		}
+		j.outcome = outcomeRejected
+	}
+	return response, nil
+}
+
+// earlier returns the result of an earlier attempt that got as far as the action cache.
+func (j *job) earlier(ctx context.Context) *repb.ActionResult {
+	if j.lease.Attempt() <= 1 || j.spec.SkipCacheLookup || j.spec.DoNotCache {
+		return nil
+	}
+	result, err := j.w.cfg.Actions.Get(ctx, j.spec.Action)
+	if err != nil {
+		if !errors.Is(err, actioncache.ErrNotFound) {
+			j.w.cfg.Log.WarnContext(ctx, "look for an earlier result", "operation", j.spec.Operation, "err", err)
+		}
+		return nil
+	}
+	return result
+}
+
+// fail ends a job that has no outcome of its own.
+func (j *job) fail(ctx context.Context, err error) {
+	log := j.w.cfg.Log.With("operation", j.spec.Operation, "attempt", j.lease.Attempt(), "err", err)
+	switch {
+	case errors.Is(err, broker.ErrLost), errors.Is(err, broker.ErrCancelled):
+		j.drop(ctx)
+		return
+	case errors.Is(err, errDraining):
+		log.InfoContext(ctx, "job interrupted by shutdown")
+	case j.lease.Attempt() >= MaxAttempts:
+		log.ErrorContext(ctx, "job failed for the last time")
+		j.outcome = outcomeUnavailable
+		o, err := j.w.outcome(ctx, j.spec.Action.Space(), failure(code.Code_UNAVAILABLE,
+			fmt.Sprintf("attempt %d, the last one: %s", j.lease.Attempt(), j.w.reason(err))))
+		if err == nil {
+			j.settle(ctx, o)
+			return
+		}
+	default:
+		log.WarnContext(ctx, "job failed and is returned")
+		j.pause(ctx)
+	}
+	j.w.metrics.outcomes.WithLabelValues(outcomeReturned).Inc()
+	if err := j.lease.Return(ctx, j.w.reason(err)); err != nil {
+		log.WarnContext(ctx, "return job", "cause", err)
+	}
+}
+
+// pause keeps the slot for a moment after a failure of the farm, so that attempts are not used up and
+// jobs not taken one after the other while the trouble lasts.
+func (j *job) pause(ctx context.Context) {
+	bound := time.Second << min(j.lease.Attempt(), 4)
+	timer := time.NewTimer(bound/2 + rand.N(bound/2)) //nolint:gosec // spreads retries
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// drop ends a lease whose operation has gone on without it. Settling finds the newer state and changes
+// nothing.
+func (j *job) drop(ctx context.Context) {
+	j.outcome = outcomeLost
+	select {
+	case <-j.begun:
+	default:
+		// Begin has ended the lease.
+		j.w.metrics.outcomes.WithLabelValues(j.outcome).Inc()
+		return
+	}
+	o, err := j.w.outcome(ctx, j.spec.Action.Space(), failure(code.Code_CANCELLED, "the operation was cancelled"))
+	if err != nil {
+		return
+	}
+	j.settle(ctx, o)
+}
+
+func (j *job) settle(ctx context.Context, o broker.Outcome) {
+	defer j.w.metrics.stage("settle")()
+	err := j.lease.Settle(ctx, o)
+	switch {
+	case err == nil:
+	case errors.Is(err, broker.ErrLost):
+		j.outcome = outcomeLost
+	default:
+		j.w.cfg.Log.WarnContext(ctx, "settle job", "operation", j.spec.Operation, "attempt", j.lease.Attempt(), "err", err)
+	}
+	j.w.metrics.outcomes.WithLabelValues(j.outcome).Inc()
+}
+
+// release lets another job have the slot.
+func (j *job) release() {
+	if j.slot != nil {
+		j.slot.Release()
+		j.slot = nil
+		j.w.metrics.busy.Dec()
+	}
+}

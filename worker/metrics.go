@@ -1,0 +1,51 @@
+package worker
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// metrics are what a worker counts. The labels have fixed sets of values.
+type metrics struct {
+	stages   *prometheus.HistogramVec
+	busy     prometheus.Gauge
+	outcomes *prometheus.CounterVec
+}
+
+// The outcomes of a job.
+const (
+	outcomeExecuted    = "executed"    // exit code 0
+	outcomeFailed      = "failed"      // any other exit code
+	outcomeTimeout     = "timeout"     // the action's timeout
+	outcomeRejected    = "rejected"    // the client's fault
+	outcomeCached      = "cached"      // an earlier attempt had finished
+	outcomeReturned    = "returned"    // given back to the queue
+	outcomeUnavailable = "unavailable" // ended after MaxAttempts
+	outcomeLost        = "lost"        // cancelled or taken over
+)
+
+func newMetrics(r prometheus.Registerer) *metrics {
+	m := &metrics{
+		stages: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "jetfarm_worker_stage_seconds", Help: "How long the stages of jobs took.",
+			Buckets: prometheus.ExponentialBuckets(0.0005, 2.5, 16),
+		}, []string{"stage"}),
+		busy: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "jetfarm_worker_busy_slots", Help: "Slots in which an action is prepared or runs.",
+		}),
+		outcomes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "jetfarm_worker_jobs_total", Help: "Jobs by how they ended.",
+		}, []string{"outcome"}),
+	}
+	if r != nil {
+		r.MustRegister(m.stages, m.busy, m.outcomes)
+	}
+	return m
+}
+
+// stage begins the measurement of a stage; the result ends it.
+func (m *metrics) stage(name string) func() {
+	begun := time.Now()
+	return func() { m.stages.WithLabelValues(name).Observe(time.Since(begun).Seconds()) }
+}

@@ -1,0 +1,141 @@
+package sandbox
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// DefaultPath is the PATH of a command whose environment has none.
+const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// start starts the command from the calling thread, which it changes: the thread must be one of
+// onThread, and live as long as the command, which dies with it.
+func (s *Slot) start(spec Spec) (*os.Process, error) {
+	root := spec.Root
+	if s.pool.mode == ModeNamespaces {
+		if err := s.enter(spec.Root, spec.Scratch); err != nil {
+			return nil, fmt.Errorf("set up the sandbox: %w", err)
+		}
+		root = s.pool.mountpoint
+	} else if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return nil, fmt.Errorf("unshare: %w", err)
+	}
+	unix.Umask(0o022)
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return nil, fmt.Errorf("no_new_privs: %w", err)
+	}
+	dir := filepath.Join(root, filepath.FromSlash(spec.Dir))
+	env := s.environment(spec)
+	name, err := find(spec.Args[0], dir, env)
+	if err != nil {
+		return nil, err
+	}
+	null, err := os.OpenFile(os.DevNull, os.O_RDONLY, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer null.Close() //nolint:errcheck // nothing was written
+	attr := &os.ProcAttr{
+		Dir:   dir,
+		Env:   env,
+		Files: []*os.File{null, spec.Stdout, spec.Stderr},
+		Sys:   &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
+	}
+	if s.uid >= 0 {
+		attr.Sys.Credential = &syscall.Credential{Uid: uint32(s.uid), Gid: uint32(s.uid)} //nolint:gosec // not negative here
+	}
+	return spawn(name, spec.Args, attr)
+}
+
+// spawn starts a process. A file that is just being written in another thread's child, between its
+// fork and its exec, can't be executed for that moment, so that is tried again.
+func spawn(name string, args []string, attr *os.ProcAttr) (*os.Process, error) {
+	for pause := time.Millisecond; ; pause *= 2 {
+		proc, err := os.StartProcess(name, args, attr)
+		switch {
+		case err == nil:
+			return proc, nil
+		case errors.Is(err, unix.ETXTBSY) && pause < time.Second:
+			wait(pause)
+			continue
+		}
+		var errno syscall.Errno
+		if errors.As(err, &errno) && slices.Contains(commandErrors(), errno) {
+			text := error(errno)
+			if errno == unix.ENOENT {
+				text = fmt.Errorf("%w (the file or its interpreter)", errno)
+			}
+			return nil, &SpawnError{Path: name, Err: text}
+		}
+		return nil, fmt.Errorf("start %q: %w", name, err)
+	}
+}
+
+// commandErrors are the errors of execve that say something about the file or the arguments.
+func commandErrors() []syscall.Errno {
+	return []syscall.Errno{
+		unix.ENOENT, unix.EACCES, unix.ENOEXEC, unix.E2BIG, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG,
+		unix.EISDIR, unix.ELIBBAD, unix.EINVAL, unix.ETXTBSY,
+	}
+}
+
+func (s *Slot) environment(spec Spec) []string {
+	env := slices.Clone(spec.Env)
+	if _, ok := lookup(env, "PATH"); !ok {
+		env = append(env, "PATH="+DefaultPath)
+	}
+	if _, ok := lookup(env, "TMPDIR"); !ok && s.pool.mode != ModeNamespaces {
+		env = append(env, "TMPDIR="+spec.Scratch)
+	}
+	return env
+}
+
+func lookup(env []string, name string) (string, bool) {
+	for _, e := range env {
+		if value, ok := strings.CutPrefix(e, name+"="); ok {
+			return value, true
+		}
+	}
+	return "", false
+}
+
+// find resolves the name of an executable as the command's own shell would do it in dir. What has a
+// slash is left for execve, which looks at it from dir.
+func find(name, dir string, env []string) (string, error) {
+	if strings.Contains(name, "/") {
+		return name, nil
+	}
+	value, _ := lookup(env, "PATH")
+	for element := range strings.SplitSeq(value, ":") {
+		candidate := path.Join(element, name)
+		if element == "" || !strings.Contains(candidate, "/") {
+			candidate = "./" + candidate
+		}
+		at := candidate
+		if !path.IsAbs(at) {
+			at = filepath.Join(dir, at)
+		}
+		if info, err := os.Stat(at); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0 {
+			return candidate, nil
+		}
+	}
+	return "", &SpawnError{Path: name, Err: fmt.Errorf("%w in PATH %q", fs.ErrNotExist, value)}
+}
+
+// exitCode is the status as a shell says it.
+func exitCode(state *os.ProcessState) int {
+	if w, ok := state.Sys().(syscall.WaitStatus); ok && w.Signaled() {
+		return 128 + int(w.Signal())
+	}
+	return state.ExitCode()
+}
