@@ -120,7 +120,7 @@ func (w *Worker) bytes(ctx context.Context, d digest.Digest, limit int64) ([]byt
 	if d.Size() > limit {
 		return nil, fmt.Errorf("%w: %s has more than %d bytes", errInvalid, d.Blob(), limit)
 	}
-	return cas.ReadAll(ctx, w.cfg.Disk, d, limit)
+	return cas.ReadAll(ctx, w.cfg.Blobs, d, limit)
 }
 
 func unmarshal(d digest.Digest, data []byte, m proto.Message) error {

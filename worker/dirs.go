@@ -9,19 +9,23 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
 
-// dirs are the directories below the worker's own: one in run for each job, which moves to trash in
-// one step when the job is over and is deleted from there in the background.
+// dirs are the directories below the worker's own: one in run for each job, and trash, to which
+// what a job leaves moves in one step and from which it is deleted in the background.
 type dirs struct {
 	run, trash string
 	log        *slog.Logger
 	lock       *os.File
 	last       atomic.Uint64
 	wake       chan struct{}
+
+	mu   sync.Mutex
+	free map[int][]*workspace // guarded by mu; by the user they belong to
 }
 
 // openDirs makes the directories and moves everything that an earlier worker left to trash. It fails
@@ -37,7 +41,7 @@ func openDirs(dir string, log *slog.Logger) (*dirs, error) {
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {
 		return nil, err
 	}
-	d := &dirs{run: filepath.Join(dir, "run"), trash: filepath.Join(dir, "trash"), log: log, wake: make(chan struct{}, 1)}
+	d := &dirs{run: filepath.Join(dir, "run"), trash: filepath.Join(dir, "trash"), log: log, wake: make(chan struct{}, 1), free: map[int][]*workspace{}}
 	if d.lock, err = os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600); err != nil {
 		return nil, err
 	}
@@ -75,25 +79,10 @@ func (d *dirs) prepare() error {
 	return nil
 }
 
-// new creates a directory that a job's user, or the worker's own if uid is negative, may pass and
-// nobody else.
-func (d *dirs) new(uid int) (string, error) {
-	name := filepath.Join(d.run, strconv.FormatUint(d.last.Add(1), 10))
-	if err := os.Mkdir(name, 0o710); err != nil {
-		return "", err
-	}
-	if uid >= 0 {
-		if err := os.Chown(name, -1, uid); err != nil {
-			return "", err
-		}
-	}
-	return name, nil
-}
-
 // discard moves a directory out of the way.
 func (d *dirs) discard(name string) {
 	err := os.Rename(name, filepath.Join(d.trash, strconv.FormatUint(d.last.Add(1), 10)))
-	if err != nil {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		//nolint:sloglint // discarding is not bound to a job's context
 		d.log.Warn("directory can't be moved to trash", "dir", filepath.Base(name), "err", err)
 	}

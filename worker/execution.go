@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
@@ -22,10 +21,10 @@ import (
 // execution is the work of one job between its lease and its response.
 type execution struct {
 	*job
-	task *task
-	meta *repb.ExecutedActionMetadata
-	last time.Time // the latest time in meta
-	base string    // the job's directory
+	task  *task
+	meta  *repb.ExecutedActionMetadata
+	last  time.Time // the latest time in meta
+	space *workspace
 }
 
 // now returns the time for the next timestamp of the metadata. Timestamps never go back, also when
@@ -55,12 +54,12 @@ func (x *execution) fetch(ctx context.Context) (err error) {
 // execute lays the inputs out, runs the command, and takes its outputs. The error is for blame, or the
 // farm's.
 func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) {
-	base, err := x.w.dirs.new(x.slot.UID())
+	space, err := x.w.dirs.take(x.slot.UID())
 	if err != nil {
 		return nil, err
 	}
-	x.base = base
-	defer x.w.dirs.discard(base)
+	x.space = space
+	defer x.w.dirs.give(space)
 	if err := x.layout(ctx); err != nil {
 		return nil, err
 	}
@@ -74,13 +73,11 @@ func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) 
 	return x.result(ctx, ended)
 }
 
-func (x *execution) root() string { return filepath.Join(x.base, "root") }
-
 func (x *execution) layout(ctx context.Context) error {
 	defer x.w.metrics.stage("layout")()
 	ctx, cancel := context.WithTimeoutCause(ctx, x.w.cfg.FetchTimeout, errFetchTimeout)
 	defer cancel()
-	to := x.task.layout(x.root())
+	to := x.task.layout(x.space.root())
 	to.UID, to.Files, to.Copies = x.slot.UID(), x.w.cfg.Disk, !x.w.pool.Protects()
 	return x.w.loader.Place(ctx, x.task.tree, to)
 }
@@ -89,15 +86,12 @@ func (x *execution) layout(ctx context.Context) error {
 func (x *execution) command(ctx context.Context) (ended sandbox.Result, err error) {
 	defer x.w.metrics.stage("run")()
 	spec := sandbox.Spec{
-		Root: x.root(), Dir: x.task.dir, Args: x.task.args, Env: x.task.env, Timeout: x.task.timeout,
-		Scratch: filepath.Join(x.base, "tmp"), MaxOutput: x.w.cfg.MaxLog,
+		Root: x.space.root(), Dir: x.task.dir, Args: x.task.args, Env: x.task.env, Timeout: x.task.timeout,
+		Scratch: x.space.tmp(), MaxOutput: x.w.cfg.MaxLog,
 	}
-	if err := x.own(spec.Scratch, os.Mkdir(spec.Scratch, 0o700)); err != nil {
-		return ended, err
-	}
-	for name, file := range map[string]**os.File{"stdout": &spec.Stdout, "stderr": &spec.Stderr} {
-		f, err := os.OpenFile(filepath.Join(x.base, name), os.O_CREATE|os.O_EXCL|os.O_WRONLY|os.O_APPEND, 0o600)
-		if err := x.own(filepath.Join(x.base, name), err); err != nil {
+	for name, file := range map[string]**os.File{x.space.stdout(): &spec.Stdout, x.space.stderr(): &spec.Stderr} {
+		f, err := os.OpenFile(name, os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
 			return ended, err
 		}
 		defer func() { err = errors.Join(err, f.Close()) }()
@@ -113,14 +107,6 @@ func (x *execution) command(ctx context.Context) (ended sandbox.Result, err erro
 	return ended, nil
 }
 
-// own gives what was just made to the slot's user.
-func (x *execution) own(name string, err error) error {
-	if err != nil || x.slot.UID() < 0 {
-		return err
-	}
-	return os.Lchown(name, x.slot.UID(), x.slot.UID())
-}
-
 // result collects, uploads and caches what the command made.
 func (x *execution) result(ctx context.Context, ended sandbox.Result) (*repb.ExecuteResponse, error) {
 	x.meta.OutputUploadStartTimestamp = x.now()
@@ -129,8 +115,7 @@ func (x *execution) result(ctx context.Context, ended sandbox.Result) (*repb.Exe
 		return nil, err
 	}
 	defer made.Close() //nolint:errcheck // nothing was written
-	// The slot's next action has the same user. What is here is closed to it.
-	if err := os.Chmod(x.base, 0o700); err != nil {
+	if err := x.space.shut(); err != nil {
 		return nil, err
 	}
 	x.release()
@@ -179,8 +164,11 @@ func (x *execution) classify(response *repb.ExecuteResponse, ended sandbox.Resul
 func (x *execution) collect(ctx context.Context) (made *outputs.Collection, refused, err error) {
 	defer x.w.metrics.stage("collect")()
 	space := x.spec.Action.Space()
+	if err := x.space.restoreRoot(); err != nil {
+		return nil, nil, err
+	}
 	made, err = x.w.collector.Collect(ctx, outputs.Source{
-		Root: x.root(), UID: x.slot.UID(), Space: space, Outputs: x.task.outputs, Format: x.task.format,
+		Root: x.space.root(), UID: x.slot.UID(), Space: space, Outputs: x.task.outputs, Format: x.task.format,
 	})
 	if errors.Is(err, outputs.ErrRefused) {
 		refused, err = err, nil
@@ -189,8 +177,8 @@ func (x *execution) collect(ctx context.Context) (made *outputs.Collection, refu
 		return nil, nil, err
 	}
 	err = errors.Join(
-		made.Stdout(space, filepath.Join(x.base, "stdout"), x.w.cfg.MaxLog),
-		made.Stderr(space, filepath.Join(x.base, "stderr"), x.w.cfg.MaxLog),
+		made.Stdout(space, x.space.stdout(), x.w.cfg.MaxLog),
+		made.Stderr(space, x.space.stderr(), x.w.cfg.MaxLog),
 	)
 	if err != nil {
 		return nil, nil, errors.Join(err, made.Close())

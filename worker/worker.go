@@ -52,7 +52,7 @@ func New(cfg Config) (*Worker, error) {
 	}
 	return &Worker{
 		cfg: cfg, dirs: dirs, pool: pool,
-		loader:    inputs.NewLoader(cfg.Disk, inputs.DefaultLimits()),
+		loader:    inputs.NewLoader(cfg.Blobs, inputs.DefaultLimits()),
 		collector: &outputs.Collector{Blobs: cfg.Blobs, Files: cfg.Disk, Limits: outputs.DefaultLimits()},
 		metrics:   newMetrics(cfg.Registerer),
 		finishing: make(chan struct{}, finishingPerSlot*cfg.Concurrency),
@@ -83,6 +83,7 @@ func (w *Worker) Run(ctx context.Context) error {
 	timer := time.AfterFunc(w.cfg.DrainTimeout, func() { kill(errDraining) })
 	err = errors.Join(err, running.Wait())
 	timer.Stop()
+	w.dirs.retire()
 	stop(errFinished)
 	return errors.Join(err, background.Wait(), w.Close())
 }

@@ -18,7 +18,7 @@ import (
 
 // Layout says where and how a tree becomes files.
 type Layout struct {
-	// Dir is the directory that becomes the input root. It does not exist yet.
+	// Dir is the directory that becomes the input root. It may exist if it is empty and belongs to UID.
 	Dir string
 	// UID owns the directories, so that the action can create files in them; -1 is the worker's user.
 	UID int
@@ -69,7 +69,7 @@ func (p *placer) directory(ctx context.Context, d digest.Digest, path string) er
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if err := p.mkdir(path); err != nil {
+	if err := p.mkdir(path); err != nil && (path != "" || !errors.Is(err, fs.ErrExist)) {
 		return err
 	}
 	dir := p.tree.dirs[d]
