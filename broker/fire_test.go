@@ -420,3 +420,28 @@ func TestServerRestart(t *testing.T) {
 	terminal(t, c, second)
 	nothingLeft(t, farm)
 }
+
+// TestHandOverIsNoTry: a worker that is shut down does not use up the tries of an action.
+func TestHandOverIsNoTry(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	q := brokertest.Queue(t, c, worker("w1"))
+	operation := submit(t, c, broker.Request{Action: action(1)})
+	if err := begin(t, q).HandOver(t.Context(), "shutting down"); err != nil {
+		t.Fatal(err)
+	}
+	l := begin(t, q)
+	if l.Attempt() != 2 || l.Tries() != 1 {
+		t.Errorf("attempt %d, tries %d, want 2 and 1", l.Attempt(), l.Tries())
+	}
+	if err := l.Return(t.Context(), "disk full"); err != nil {
+		t.Fatal(err)
+	}
+	l = begin(t, q)
+	if l.Attempt() != 3 || l.Tries() != 2 {
+		t.Errorf("attempt %d, tries %d, want 3 and 2", l.Attempt(), l.Tries())
+	}
+	settle(t, l, 0)
+	terminal(t, c, operation)
+	nothingLeft(t, farm)
+}

@@ -60,6 +60,10 @@ func (l *Lease) Attempt() int {
 	return l.record.Attempt
 }
 
+// Tries is Attempt without the attempts that ended through no fault of the action or its worker, as
+// when a worker is shut down.
+func (l *Lease) Tries() int { return l.Attempt() - l.record.Spared }
+
 // Begin puts the operation into the stage EXECUTING under a new attempt, which ends every earlier
 // one. ErrLost says that there is nothing to run; the lease is over then.
 func (l *Lease) Begin(ctx context.Context) error {
@@ -190,9 +194,22 @@ func (l *Lease) settle(ctx context.Context, o Outcome) error {
 	return err
 }
 
-// Return gives the job back: the operation goes to the stage QUEUED with a note, and the job to
-// another worker after a moment. reason says why in a few words that a user may read.
+// Return gives the job back after a failure of the farm: the operation goes to the stage QUEUED with
+// a note, and the job to another worker after a moment. reason says why in a few words that a user
+// may read.
 func (l *Lease) Return(ctx context.Context, reason string) error {
+	return l.giveUp(ctx, reason, 0)
+}
+
+// HandOver is Return for a worker that is shut down: it does not count as one of the Tries.
+func (l *Lease) HandOver(ctx context.Context, reason string) error {
+	return l.giveUp(ctx, reason, 1)
+}
+
+// Drop ends a lease that Guard has reported as over. The job belongs to whoever took it over.
+func (l *Lease) Drop(ctx context.Context) { l.end(ctx) }
+
+func (l *Lease) giveUp(ctx context.Context, reason string, spared int) error {
 	defer l.end(ctx)
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
@@ -202,6 +219,7 @@ func (l *Lease) Return(ctx context.Context, reason string) error {
 			return errUnchanged
 		}
 		r.Stage, r.Worker, r.Note = repb.ExecutionStage_QUEUED, "", reason
+		r.Spared += spared
 		return nil
 	})
 	if errors.Is(err, errUnchanged) || errors.Is(err, ErrNotFound) {

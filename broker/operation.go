@@ -97,6 +97,7 @@ type record struct {
 	Action          *blobRef                  `json:"action"`
 	Stage           repb.ExecutionStage_Value `json:"stage"`
 	Attempt         int                       `json:"attempt,omitempty"`
+	Spared          int                       `json:"spared,omitempty"`
 	Worker          string                    `json:"worker,omitempty"`
 	Queued          time.Time                 `json:"queued"`
 	Updated         time.Time                 `json:"updated"`

@@ -74,6 +74,10 @@ func (q *Queue) Run(ctx context.Context) error {
 	return err
 }
 
+// Isolated sets what the registry says of the worker's isolation, which is known only once it has been
+// tried. It is called before Run.
+func (q *Queue) Isolated(mode string) { q.self.Isolation = mode }
+
 // Drain makes the registry say that this worker takes no more jobs.
 func (q *Queue) Drain(ctx context.Context) {
 	q.mu.Lock()

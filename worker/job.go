@@ -81,7 +81,7 @@ func (j *job) run(ctx context.Context) (*repb.ExecuteResponse, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	if j.lease.Attempt() > MaxAttempts {
+	if j.lease.Tries() > MaxAttempts {
 		j.outcome = outcomeUnavailable
 		return failure(code.Code_UNAVAILABLE, fmt.Sprintf("the action was tried on %d workers and finished on none", MaxAttempts)), nil
 	}
@@ -120,13 +120,15 @@ func (j *job) earlier(ctx context.Context) *repb.ActionResult {
 // fail ends a job that has no outcome of its own.
 func (j *job) fail(ctx context.Context, err error) {
 	log := j.w.cfg.Log.With("operation", j.spec.Operation, "attempt", j.lease.Attempt(), "err", err)
+	giveBack := j.lease.Return
 	switch {
 	case errors.Is(err, broker.ErrLost), errors.Is(err, broker.ErrCancelled):
 		j.drop(ctx)
 		return
 	case errors.Is(err, errDraining):
 		log.InfoContext(ctx, "job interrupted by shutdown")
-	case j.lease.Attempt() >= MaxAttempts:
+		giveBack = j.lease.HandOver
+	case j.lease.Tries() >= MaxAttempts:
 		log.ErrorContext(ctx, "job failed for the last time")
 		j.outcome = outcomeUnavailable
 		o, err := j.w.outcome(ctx, j.spec.Action.Space(), failure(code.Code_UNAVAILABLE,
@@ -140,7 +142,7 @@ func (j *job) fail(ctx context.Context, err error) {
 		j.pause(ctx)
 	}
 	j.w.metrics.outcomes.WithLabelValues(outcomeReturned).Inc()
-	if err := j.lease.Return(ctx, j.w.reason(err)); err != nil {
+	if err := giveBack(ctx, j.w.reason(err)); err != nil {
 		log.WarnContext(ctx, "return job", "cause", err)
 	}
 }
@@ -157,22 +159,11 @@ func (j *job) pause(ctx context.Context) {
 	}
 }
 
-// drop ends a lease whose operation has gone on without it. Settling finds the newer state and changes
-// nothing.
+// drop ends a lease whose operation has gone on without it.
 func (j *job) drop(ctx context.Context) {
 	j.outcome = outcomeLost
-	select {
-	case <-j.begun:
-	default:
-		// Begin has ended the lease.
-		j.w.metrics.outcomes.WithLabelValues(j.outcome).Inc()
-		return
-	}
-	o, err := j.w.outcome(ctx, j.spec.Action.Space(), failure(code.Code_CANCELLED, "the operation was cancelled"))
-	if err != nil {
-		return
-	}
-	j.settle(ctx, o)
+	j.lease.Drop(ctx)
+	j.w.metrics.outcomes.WithLabelValues(j.outcome).Inc()
 }
 
 func (j *job) settle(ctx context.Context, o broker.Outcome) {

@@ -88,7 +88,7 @@ func newExecutor(ctx context.Context, p *process, farm *farm, flags executionFla
 		return nil, err
 	}
 	name = workerName(name)
-	queue := farm.client.Queue(broker.WorkerInfo{Name: name, Platform: platform, Slots: flags.Concurrency, Isolation: flags.Isolation})
+	queue := farm.client.Queue(broker.WorkerInfo{Name: name, Platform: platform, Slots: flags.Concurrency})
 	e := &executor{disk: tier, queue: queue}
 	e.worker, err = worker.New(worker.Config{
 		Name: name, Dir: filepath.Join(dir, "actions"), Concurrency: flags.Concurrency, Platform: platform,
@@ -99,6 +99,7 @@ func newExecutor(ctx context.Context, p *process, farm *farm, flags executionFla
 		e.close(ctx, p)
 		return nil, err
 	}
+	queue.Isolated(e.worker.Isolation())
 	return e, nil
 }
 
