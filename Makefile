@@ -1,0 +1,60 @@
+# Needs Go (the version in go.mod) and, for what installs packages, apt-get. `make help` lists the targets.
+
+GO         ?= go
+TOOL       := $(GO) tool -modfile=go.tool.mod
+FUZZTIME   ?= 5s
+BENCH      ?= .
+BENCHTIME  ?= 1s
+COUNT      ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench clean
+
+help: ## list the targets (the default)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build bin/jetfarm, one static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/jetfarm ./cmd/jetfarm
+
+demo: ## run a real Bazel build on a farm on this machine, twice, and show what ran where
+	@./integration/demo.sh
+
+# One after another also under -j: the tests need the machine to themselves.
+test: ## run everything that CI runs: format, vet, tests with a real Bazel, lint, tidy, fuzz
+	@set -e; for step in packages check-format vet arch unit lint tidy fuzz; do \
+		printf '\n== make %s\n' $$step; $(MAKE) --no-print-directory $$step; \
+	done; printf '\nAll checks passed.\n'
+
+packages: ## install the Debian packages that tests and demo need, if some are missing
+	@./.ci/packages
+
+format: ## format the source
+	$(TOOL) gofumpt -w .
+
+check-format: ## name the files that are not formatted
+	@files=$$($(TOOL) gofumpt -l .); if [ -n "$$files" ]; then \
+		printf 'not formatted, run make format:\n%s\n' "$$files"; exit 1; fi
+
+vet: ## run go vet
+	$(GO) vet ./...
+
+arch: ## check the import rules, go statements and package comments
+	$(GO) test -run '^TestArchitecture' ./integration
+
+unit: ## run all Go tests, those with a real Bazel included
+	$(GO) test -race -shuffle=on -timeout=15m ./...
+
+lint: ## run golangci-lint; the first run builds it, which takes minutes
+	$(TOOL) golangci-lint run ./...
+
+tidy: ## check that go.mod and go.sum are complete and have nothing else
+	$(GO) mod tidy -diff
+
+fuzz: ## run every fuzz test for FUZZTIME (5s)
+	@./.ci/fuzz $(FUZZTIME)
+
+bench: ## run the benchmarks: BENCH=regexp BENCHTIME=1s COUNT=1; compare runs with benchstat
+	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -count $(COUNT) -benchmem ./...
+
+clean: ## remove what build made
+	rm -rf bin

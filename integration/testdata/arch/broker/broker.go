@@ -1,0 +1,17 @@
+package broker
+
+import (
+	"context"
+
+	"github.com/nats-io/nats.go"
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/digest"
+)
+
+// Client uses what it may and, once, what it may not.
+type Client struct {
+	conn   *nats.Conn
+	blobs  cas.Store
+	action digest.Digest
+	close  context.CancelCauseFunc
+}

@@ -1,0 +1,2 @@
+// Package frontend knows a package that it may not know.
+package frontend

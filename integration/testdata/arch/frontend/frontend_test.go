@@ -1,0 +1,5 @@
+package frontend_test
+
+import "github.com/jetfarm/jetfarm/worker"
+
+var _ worker.Worker

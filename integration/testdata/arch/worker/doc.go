@@ -1,0 +1,2 @@
+// Package worker starts a goroutine that nobody waits for.
+package worker

@@ -1,0 +1,3 @@
+#include "lib/sum.h"
+
+int Sum(int a, int b) { return a + b; }
