@@ -71,7 +71,10 @@ func BenchmarkWatcher(b *testing.B) {
 		var group errgroup.Group
 		for range watchers {
 			group.Go(func() error {
-				for range c.Watch(ctx, operation) {
+				for _, err := range c.Watch(ctx, operation) {
+					if err != nil {
+						break // the end of ctx
+					}
 					waiting <- struct{}{}
 				}
 				return nil

@@ -123,13 +123,13 @@ func unavailable(err error) error {
 
 // detach returns a context for finishing what ctx has started: it outlives ctx, but not bound.
 func detach(ctx context.Context, bound time.Duration) (context.Context, context.CancelFunc) {
-	return context.WithTimeoutCause(context.WithoutCancel(ctx), bound, ErrUnavailable)
+	return context.WithTimeoutCause(context.WithoutCancel(ctx), bound, ErrUnavailable) //nolint:forbidigo // the bounded helper itself
 }
 
 // pause waits before attempt+1: full jitter below an exponential bound of at most one second.
 func pause(ctx context.Context, attempt int) error {
 	bound := min(time.Second, 5*time.Millisecond<<min(attempt, 8))
-	timer := time.NewTimer(time.Millisecond + rand.N(bound))
+	timer := time.NewTimer(time.Millisecond + rand.N(bound)) //nolint:gosec // jitter needs no secrecy
 	defer timer.Stop()
 	select {
 	case <-timer.C:

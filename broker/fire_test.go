@@ -20,11 +20,8 @@ import (
 func serve(ctx context.Context, q *broker.Queue, run func(*broker.Lease) error) error {
 	for {
 		l, err := q.Next(ctx)
-		if ctx.Err() != nil {
-			return nil
-		}
 		if err != nil {
-			return err
+			return errIfRunning(ctx, err)
 		}
 		if err := l.Begin(ctx); errors.Is(err, broker.ErrLost) {
 			continue
@@ -35,6 +32,14 @@ func serve(ctx context.Context, q *broker.Queue, run func(*broker.Lease) error) 
 			return err
 		}
 	}
+}
+
+// errIfRunning is err while ctx has not ended.
+func errIfRunning(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil //nolint:nilerr // being stopped is no error
+	}
+	return err
 }
 
 // TestEnqueue_Concurrent: distinct actions from many submitters on fast workers all end, once each

@@ -258,7 +258,7 @@ func (l *Lease) acknowledge(ctx context.Context) {
 	l.end(ctx)
 	ctx, cancel := detach(ctx, requestTimeout)
 	defer cancel()
-	if _, err := l.q.c.nc.RequestWithContext(ctx, l.ack, ackDone); err != nil {
+	if _, err := l.q.c.nc.RequestWithContext(ctx, l.ack, []byte(ackDone)); err != nil {
 		l.q.c.log.WarnContext(ctx, "acknowledge job", "operation", l.record.Operation, "err", err)
 	}
 }

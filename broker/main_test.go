@@ -171,5 +171,6 @@ var quiet = slog.New(slog.DiscardHandler)
 func itoa(n int) string { return strconv.Itoa(n) }
 
 func contextWithTimeout(t testing.TB, d time.Duration) (context.Context, context.CancelFunc) {
+	t.Helper()
 	return context.WithTimeoutCause(t.Context(), d, errors.New("the test's bound has passed"))
 }

@@ -124,7 +124,7 @@ func (q *Queue) renew(ctx context.Context) {
 	}
 	q.mu.Unlock()
 	for _, l := range leases {
-		if err := q.c.nc.Publish(l.ack, ackInProgress); err != nil {
+		if err := q.c.nc.Publish(l.ack, []byte(ackInProgress)); err != nil {
 			q.c.log.WarnContext(ctx, "renew lease", "operation", l.record.Operation, "err", err)
 		}
 	}
@@ -134,28 +134,20 @@ func (q *Queue) renew(ctx context.Context) {
 // unreachable broker is no error: Next waits. It must not be called by two goroutines at once.
 func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 	for {
-		pools, changed := q.c.view.serves(q.self.Platform)
-		lease, err := q.sweep(ctx, pools)
-		if lease == nil && err == nil && ctx.Err() == nil {
-			if q.bells.listen(ctx, pools) {
-				continue // a job may have come before the bell was heard
-			}
-			lease, err = q.idle(ctx, changed)
-		}
-		if ctx.Err() != nil {
+		lease, err := q.look(ctx)
+		switch {
+		case ctx.Err() != nil:
 			q.bells.stop(ctx)
 			if lease != nil {
 				lease.giveBack(ctx)
 			}
 			return nil, context.Cause(ctx)
-		}
-		if lease != nil {
+		case lease != nil:
 			if q.full() {
 				q.bells.stop(ctx)
 			}
 			return lease, nil
-		}
-		if err != nil {
+		case err != nil:
 			q.c.log.WarnContext(ctx, "take a job", "err", err)
 			if err := pause(ctx, 6); err != nil {
 				return nil, err
@@ -164,9 +156,22 @@ func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 	}
 }
 
+// look asks every lane for a job and then sleeps until there is a reason to look again.
+func (q *Queue) look(ctx context.Context) (*Lease, error) {
+	pools, changed := q.c.view.serves(q.self.Platform)
+	lease, err := q.sweep(ctx, pools)
+	if lease != nil || err != nil || ctx.Err() != nil {
+		return lease, err
+	}
+	if q.bells.listen(ctx, pools) {
+		return nil, nil //nolint:nilnil // a job may have come before the bell was heard
+	}
+	return q.idle(ctx, changed)
+}
+
 // idle waits for a reason to look for a job again. A bell says where to look first.
 func (q *Queue) idle(ctx context.Context, changed <-chan struct{}) (*Lease, error) {
-	timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep))
+	timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep)) //nolint:gosec // jitter needs no secrecy
 	defer timer.Stop()
 	select {
 	case bell := <-q.bells.rung:
@@ -205,10 +210,12 @@ func (q *Queue) sweep(ctx context.Context, pools []string) (*Lease, error) {
 	return nil, failed
 }
 
-var (
-	pullRequest   = []byte(`{"batch":1,"no_wait":true}`)
-	ackInProgress = []byte("+WPI")
-	ackDone       = []byte("+ACK")
+// The payloads of a pull and of acknowledgements.
+const (
+	pullRequest   = `{"batch":1,"no_wait":true}`
+	ackInProgress = "+WPI"
+	ackDone       = "+ACK"
+	ackTerminate  = "+TERM"
 )
 
 // pull takes one job from a consumer, or none. It does not end with a context: a job that is
@@ -224,7 +231,7 @@ func (q *Queue) pull(ctx context.Context, consumer string) (*Lease, error) {
 	}
 	q.pulls++
 	reply := q.inbox + "." + strconv.FormatUint(q.pulls, 10)
-	if err := q.c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+jobsStream+"."+consumer, reply, pullRequest); err != nil {
+	if err := q.c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+jobsStream+"."+consumer, reply, []byte(pullRequest)); err != nil {
 		return nil, unavailable(err)
 	}
 	timer := time.NewTimer(pullBound)
@@ -281,14 +288,14 @@ func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {
 	if err != nil {
 		// No worker will ever understand it; its operation, if there is one, is mended by its watchers.
 		q.c.log.ErrorContext(ctx, "unreadable job removed", "subject", msg.Subject, "err", err)
-		return nil, errors.Join(q.c.nc.Publish(msg.Reply, []byte("+TERM")))
+		return nil, errors.Join(q.c.nc.Publish(msg.Reply, []byte(ackTerminate)))
 	}
 	metadata, err := msg.Metadata()
 	if err != nil {
 		return nil, fmt.Errorf("job %s: %w", r.Operation, err)
 	}
 	l := &Lease{q: q, record: r, ack: msg.Reply, first: metadata.NumDelivered == 1}
-	if err := q.c.nc.Publish(l.ack, ackInProgress); err != nil {
+	if err := q.c.nc.Publish(l.ack, []byte(ackInProgress)); err != nil {
 		return nil, unavailable(err)
 	}
 	q.mu.Lock()

@@ -70,13 +70,13 @@ func (c *Client) publish(ctx context.Context, msg *nats.Msg, options ...jetstrea
 	if err == nil {
 		return ack.Sequence, nil
 	}
-	var api *jetstream.APIError
-	if errors.As(err, &api) {
+	if api, ok := errors.AsType[*jetstream.APIError](err); ok {
 		switch api.ErrorCode {
 		case jetstream.JSErrCodeStreamWrongLastSequence, jetstream.JSErrCodeStreamWrongLastSequenceConstant:
 			return 0, errConflict
 		case storeFailed:
 			return 0, fmt.Errorf("%w: %s", errStoreFailed, api.Description)
+		default:
 		}
 	}
 	return 0, unavailable(cause(ctx, err))

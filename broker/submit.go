@@ -49,10 +49,7 @@ const flightGrace = 10 * time.Second
 // this process. The error wraps ErrInvalid, ErrNoWorker, ErrQueueFull or ErrUnavailable, or is
 // Confirm's.
 func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
-	rec, err := newRecord(r)
-	if err != nil {
-		return "", err
-	}
+	rec := newRecord(r)
 	if err := c.view.servable(r.Platform); err != nil {
 		return "", err
 	}
@@ -80,7 +77,7 @@ func (c *Client) Submit(ctx context.Context, r Request) (operation string, err e
 	return rec.Operation, nil
 }
 
-func newRecord(r Request) (*record, error) {
+func newRecord(r Request) *record {
 	metadata, err := proto.Marshal(r.Metadata)
 	if err != nil || len(metadata) > maxMetadata {
 		metadata = nil
@@ -91,7 +88,7 @@ func newRecord(r Request) (*record, error) {
 		Queued: now, Updated: now, Pool: r.Platform.pool(), Lane: laneOf(r.Priority), Platform: r.Platform,
 		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
 		Metadata: metadata, Invocation: fmt.Sprintf("%.*s", maxInvocation, r.Metadata.GetToolInvocationId()),
-	}, nil
+	}
 }
 
 // enqueue writes the record and then the job. A job without a record would run for nobody.
@@ -254,8 +251,8 @@ func (c *Client) releaseFlight(ctx context.Context, rec *record) {
 
 // isGone tells the server's answer to deleting a message that is deleted.
 func isGone(err error) bool {
-	var api *jetstream.APIError
-	return errors.As(err, &api) && (api.ErrorCode == 10057 || api.Code == 404)
+	api, ok := errors.AsType[*jetstream.APIError](err)
+	return ok && (api.ErrorCode == 10057 || api.Code == 404)
 }
 
 // ensurePool makes the consumers of a pool at its first use.

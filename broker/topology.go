@@ -164,8 +164,7 @@ func (c *Client) ensureConsumers(ctx context.Context, pool string) error {
 
 // retryable tells errors of a broker that is not up yet from those that waiting cannot mend.
 func retryable(err error) bool {
-	var api *jetstream.APIError
-	if errors.As(err, &api) {
+	if api, ok := errors.AsType[*jetstream.APIError](err); ok {
 		return api.Code >= 500 || api.Code == 408
 	}
 	return true

@@ -56,7 +56,7 @@ func (b *byteStream) Read(req *bytestream.ReadRequest, stream bytestream.ByteStr
 	sink := &download{stream: stream, chunk: b.limits.ReadChunkBytes, left: limit, whole: limit == d.Size()-offset}
 	err = b.copy(sink, r)
 	b.metrics.sent.WithLabelValues("bytestream").Add(float64(limit - sink.left))
-	r.Close() //nolint:errcheck,gosec // the blob has been sent, or the call has failed already
+	r.Close() //nolint:errcheck // the blob has been sent, or the call has failed already
 	if errors.Is(err, errEnough) {
 		return nil
 	}

@@ -122,10 +122,16 @@ func Queue(t testing.TB, c *broker.Client, self broker.WorkerInfo) *broker.Queue
 }
 
 // Messages returns how many messages a stream holds.
-func (f *Farm) Messages(t testing.TB, stream string) uint64 { return f.info(t, stream).State.Msgs }
+func (f *Farm) Messages(t testing.TB, stream string) uint64 {
+	t.Helper()
+	return f.info(t, stream).State.Msgs
+}
 
 // Consumers returns how many consumers a stream has.
-func (f *Farm) Consumers(t testing.TB, stream string) int { return f.info(t, stream).State.Consumers }
+func (f *Farm) Consumers(t testing.TB, stream string) int {
+	t.Helper()
+	return f.info(t, stream).State.Consumers
+}
 
 func (f *Farm) info(t testing.TB, stream string) *jetstream.StreamInfo {
 	t.Helper()

@@ -16,24 +16,14 @@ const MaxInstance = 256
 // maxResource bounds a resource name: an instance, an upload id, a digest and optional metadata.
 const maxResource = 4096
 
-// Compressor is the encoding of the bytes on the wire that a resource name asks for.
-type Compressor string
-
-// Identity is no compression: the name has the segment "blobs".
-const Identity Compressor = ""
-
 // Read is the meaning of a ByteStream read name.
-type Read struct {
-	Digest     Digest
-	Compressor Compressor
-}
+type Read struct{ Digest Digest }
 
 // Write is the meaning of a ByteStream upload name. Upload is the client's UUID as it was sent; it
 // may be used for several blobs at once (row WR-3).
 type Write struct {
-	Digest     Digest
-	Compressor Compressor
-	Upload     string
+	Digest Digest
+	Upload string
 }
 
 // ParseRead parses `{instance/}blobs/{hash}/{size}` and
@@ -47,14 +37,14 @@ func ParseRead(name string) (Read, error) {
 	if segments[at] == "uploads" {
 		return Read{}, fmt.Errorf("%w: resource name %s is an upload, not a blob to read", ErrInvalid, Quote(name))
 	}
-	d, c, rest, err := blob(strings.Join(segments[:at], "/"), segments[at:])
+	d, rest, err := blob(strings.Join(segments[:at], "/"), segments[at:])
 	if err != nil {
 		return Read{}, fmt.Errorf("resource name %s: %w", Quote(name), err)
 	}
 	if len(rest) > 0 {
 		return Read{}, fmt.Errorf("%w: resource name %s has segments after the size", ErrInvalid, Quote(name))
 	}
-	return Read{Digest: d, Compressor: c}, nil
+	return Read{Digest: d}, nil
 }
 
 // ParseWrite parses `{instance/}uploads/{uuid}/blobs/{hash}/{size}{/metadata}` and its
@@ -71,11 +61,11 @@ func ParseWrite(name string) (Write, error) {
 	if len(upload) != 36 || uuid.Validate(upload) != nil {
 		return Write{}, fmt.Errorf("%w: resource name %s: %s is not a UUID", ErrInvalid, Quote(name), Quote(upload))
 	}
-	d, c, _, err := blob(strings.Join(segments[:at], "/"), segments[at+2:])
+	d, _, err := blob(strings.Join(segments[:at], "/"), segments[at+2:])
 	if err != nil {
 		return Write{}, fmt.Errorf("resource name %s: %w", Quote(name), err)
 	}
-	return Write{Digest: d, Compressor: c, Upload: upload}, nil
+	return Write{Digest: d, Upload: upload}, nil
 }
 
 // split cuts a name into segments and finds the first reserved one, which ends the instance name.
@@ -96,33 +86,33 @@ func split(name string) (segments []string, at int, err error) {
 	return nil, 0, fmt.Errorf("%w: resource name %s has no segment blobs, compressed-blobs or uploads", ErrInvalid, Quote(name))
 }
 
-func blob(instance string, segments []string) (Digest, Compressor, []string, error) {
-	compressor := Identity
+// blob parses what follows the instance name and returns the segments after the size.
+func blob(instance string, segments []string) (Digest, []string, error) {
 	switch segments[0] {
 	case "blobs":
 		segments = segments[1:]
 	case "compressed-blobs":
 		if len(segments) < 2 {
-			return Digest{}, "", nil, fmt.Errorf("%w: the compressor is missing", ErrInvalid)
+			return Digest{}, nil, fmt.Errorf("%w: the compressor is missing", ErrInvalid)
 		}
-		return Digest{}, "", nil, fmt.Errorf("%w: compressor %s is not supported (supported: none, use blobs/)", ErrInvalid, Quote(segments[1]))
+		return Digest{}, nil, fmt.Errorf("%w: compressor %s is not supported (supported: none, use blobs/)", ErrInvalid, Quote(segments[1]))
 	default:
-		return Digest{}, "", nil, fmt.Errorf("%w: %s where blobs or compressed-blobs was expected", ErrInvalid, Quote(segments[0]))
+		return Digest{}, nil, fmt.Errorf("%w: %s where blobs or compressed-blobs was expected", ErrInvalid, Quote(segments[0]))
 	}
 	if len(segments) < 2 {
-		return Digest{}, "", nil, fmt.Errorf("%w: the hash or the size is missing", ErrInvalid)
+		return Digest{}, nil, fmt.Errorf("%w: the hash or the size is missing", ErrInvalid)
 	}
 	hash, size := segments[0], segments[1]
 	space, err := SpaceOf(instance, repb.DigestFunction_UNKNOWN, hash)
 	if err != nil {
-		return Digest{}, "", nil, err
+		return Digest{}, nil, err
 	}
 	n, err := strconv.ParseInt(size, 10, 64)
 	if err != nil || n < 0 || strconv.FormatInt(n, 10) != size {
-		return Digest{}, "", nil, fmt.Errorf("%w: size %s is not a plain decimal number of bytes", ErrInvalid, Quote(size))
+		return Digest{}, nil, fmt.Errorf("%w: size %s is not a plain decimal number of bytes", ErrInvalid, Quote(size))
 	}
 	d, err := space.New(hash, n)
-	return d, compressor, segments[2:], err
+	return d, segments[2:], err
 }
 
 func checkInstance(name string) error {

@@ -144,5 +144,5 @@ func parseMeta(name string) (digest.Digest, bool) {
 		return digest.Digest{}, false
 	}
 	read, err := digest.ParseRead(string(raw))
-	return read.Digest, err == nil && read.Compressor == digest.Identity && read.Digest.String() == string(raw)
+	return read.Digest, err == nil && read.Digest.String() == string(raw)
 }

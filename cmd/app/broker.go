@@ -15,7 +15,7 @@ import (
 // Broker is a NATS server with JetStream and the settings that the farm was measured with.
 type Broker struct {
 	Data       string   `help:"Directory of the streams. Default: the user's state directory." type:"path" placeholder:"DIR"`
-	Listen     string   `help:"Address for clients." default:"127.0.0.1:4222" placeholder:"HOST:PORT"`
+	Listen     string   `help:"Address for clients." default:"127.0.0.1:4222"`
 	Cluster    string   `help:"Address for the other servers of a cluster. Without it the server is alone." placeholder:"HOST:PORT"`
 	Routes     []string `help:"Cluster addresses of the other servers." placeholder:"nats://HOST:PORT,..."`
 	Name       string   `help:"Name of this server, unique and the same at each start." default:"${hostname}"`
@@ -31,10 +31,10 @@ func (b *Broker) validate() error {
 		return err
 	}
 	if len(b.Routes) > 0 && b.Cluster == "" {
-		return run.Usage{Err: errors.New("--routes needs --cluster, the address at which this server is one of the cluster")}
+		return run.UsageError{Err: errors.New("--routes needs --cluster, the address at which this server is one of the cluster")}
 	}
 	if b.Listen == "" {
-		return run.Usage{Err: errors.New("--listen is empty; a broker without an address serves nobody")}
+		return run.UsageError{Err: errors.New("--listen is empty; a broker without an address serves nobody")}
 	}
 	return nil
 }
@@ -52,7 +52,7 @@ func (b *Broker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer unlock()
-	tuneMemory(p.log)
+	tuneMemory(ctx, p.log)
 	server, err := broker.StartServer(ctx, broker.ServerConfig{
 		Dir: data, Name: b.Name, Listen: b.Listen, Cluster: b.Cluster, Routes: b.Routes, File: b.NatsConfig,
 		MaxStore: int64(b.MaxStore), SyncAlways: b.SyncAlways, Log: p.log,

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"reflect"
+	"strings"
 
 	"github.com/alecthomas/kong"
 
@@ -52,13 +54,13 @@ type process struct {
 
 // ready prints the line that says that a command serves.
 func (p *process) ready(fields ...string) error {
-	line := "ready"
+	words := []string{"ready"}
 	for i := 0; i+1 < len(fields); i += 2 {
 		if fields[i+1] != "" {
-			line += " " + fields[i] + "=" + fields[i+1]
+			words = append(words, fields[i]+"="+fields[i+1])
 		}
 	}
-	_, err := fmt.Fprintln(p.out, line)
+	_, err := fmt.Fprintln(p.out, strings.Join(words, " "))
 	return err
 }
 
@@ -66,14 +68,14 @@ func (p *process) ready(fields ...string) error {
 type exited int
 
 // Run parses the arguments and runs the command that they name until it ends or ctx does. An error
-// of the arguments is a run.Usage.
+// of the arguments is a run.UsageError.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
 	defer func() {
 		switch e := recover().(type) {
 		case nil:
 		case exited:
 			if e != 0 {
-				err = run.Usage{Err: fmt.Errorf("exit code %d", e)}
+				err = run.UsageError{Err: fmt.Errorf("exit code %d", e)}
 			}
 		default:
 			panic(e)
@@ -88,16 +90,16 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	}
 	parsed, err := parser.Parse(args)
 	if err != nil {
-		return run.Usage{Err: fmt.Errorf("%w (jetfarm --help lists the commands and flags)", err)}
+		return run.UsageError{Err: fmt.Errorf("%w (jetfarm --help lists the commands and flags)", err)}
 	}
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cli.LogLevel)); err != nil {
-		return run.Usage{Err: err}
+		return run.UsageError{Err: err}
 	}
 	p := &process{out: stdout, log: slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))}
-	command, ok := parsed.Selected().Target.Addr().Interface().(interface {
+	command, ok := reflect.TypeAssert[interface {
 		run(ctx context.Context, p *process) error
-	})
+	}](parsed.Selected().Target.Addr())
 	if !ok {
 		return errors.New("command line: the command cannot run")
 	}

@@ -62,7 +62,7 @@ func dataDir(asked string) (string, error) {
 
 // natsFlags are those of a role that reaches the broker over the network.
 type natsFlags struct {
-	NATS []string `name:"nats" help:"URLs of the NATS servers. The role waits for one to answer and reconnects for ever." default:"nats://127.0.0.1:4222" placeholder:"URL,..." env:"JETFARM_NATS"`
+	NATS []string `name:"nats" help:"URLs of the NATS servers. The role waits for one to answer and reconnects for ever." default:"nats://127.0.0.1:4222" env:"JETFARM_NATS"`
 }
 
 // executionFlags are those of a role that executes actions.
@@ -71,7 +71,7 @@ type executionFlags struct {
 	Platform       []string      `help:"A platform property that this worker offers; repeat it for more." placeholder:"KEY=VALUE" sep:"none"`
 	Isolation      string        `help:"How actions are kept apart: ${enum}. auto takes the strongest that works here." enum:"auto,namespaces,uid,none" default:"auto"`
 	DrainTimeout   time.Duration `help:"How long running actions may go on after SIGTERM; what is left then runs on another worker." default:"30s"`
-	DiskCache      size          `help:"Bytes of input files kept on this machine's disk." default:"10GiB" placeholder:"SIZE"`
+	DiskCache      size          `help:"Bytes of input files kept on this machine's disk." default:"10GiB"`
 	DefaultTimeout time.Duration `help:"Timeout of an action that sets none." default:"1h"`
 	MaxTimeout     time.Duration `help:"Longest timeout that an action may set." default:"24h"`
 }
@@ -92,7 +92,7 @@ func (f *executionFlags) validate() (broker.Platform, error) {
 	}
 	platform, err := broker.ParsePlatform(f.Platform)
 	if err := errors.Join(append(errs, err)...); err != nil {
-		return nil, run.Usage{Err: err}
+		return nil, run.UsageError{Err: err}
 	}
 	return platform, nil
 }
@@ -104,7 +104,7 @@ const (
 
 // serveFlags are those of a role that serves the API.
 type serveFlags struct {
-	GRPC               string `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" placeholder:"HOST:PORT" env:"JETFARM_GRPC"`
+	GRPC               string `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
 	ActionCacheUpdates bool   `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
 }
 
@@ -127,7 +127,7 @@ func checkAddresses(flags map[string]string) error {
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
-		return run.Usage{Err: err}
+		return run.UsageError{Err: err}
 	}
 	return nil
 }

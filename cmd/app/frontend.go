@@ -17,20 +17,18 @@ type Frontend struct {
 	natsFlags    `embed:""`
 	serveFlags   `embed:""`
 	httpFlags    `embed:""`
-	HTTP         string        `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" placeholder:"HOST:PORT" env:"JETFARM_HTTP"`
+	HTTP         string        `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Replicas     int           `help:"Servers of the NATS cluster that hold each message: 1, 3 or 5. 0 keeps what is there." default:"0"`
 	DrainTimeout time.Duration `help:"How long open calls may go on after SIGTERM. Clients take up Execute streams that are cut at another frontend." default:"10s"`
 	CacheOnly    bool          `help:"Serve the cache without execution."`
 }
 
 func (f *Frontend) validate() error {
-	if err := checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}); err != nil {
-		return err
-	}
+	errs := []error{checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas)}
 	if f.DrainTimeout < 0 {
-		return run.Usage{Err: errors.New("--drain-timeout is negative")}
+		errs = append(errs, run.UsageError{Err: errors.New("--drain-timeout is negative")})
 	}
-	return checkReplicas(f.Replicas)
+	return errors.Join(errs...)
 }
 
 func checkReplicas(n int) error {
@@ -38,7 +36,7 @@ func checkReplicas(n int) error {
 	case 0, 1, 3, 5:
 		return nil
 	}
-	return run.Usage{Err: errors.New("--replicas must be 0, 1, 3 or 5")}
+	return run.UsageError{Err: errors.New("--replicas must be 0, 1, 3 or 5")}
 }
 
 func (f *Frontend) run(ctx context.Context, p *process) error {
@@ -55,10 +53,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer farm.close()
-	server, err := newFrontend(p, farm, f.serveFlags, !f.CacheOnly)
-	if err != nil {
-		return err
-	}
+	server := newFrontend(p, farm, f.serveFlags, !f.CacheOnly)
 	handler := run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: farm.metrics, Pprof: f.Pprof})
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, server, handler, f.DrainTimeout, func(ctx context.Context) error {
@@ -75,12 +70,12 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 }
 
 // newFrontend makes the API server of a farm.
-func newFrontend(p *process, farm *farm, flags serveFlags, execute bool) (*frontend.Server, error) {
+func newFrontend(p *process, farm *farm, flags serveFlags, execute bool) *frontend.Server {
 	cfg := frontend.Config{
 		Blobs: farm.blobs, Actions: farm.actions, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
 		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute,
 	}
-	return frontend.New(cfg), nil
+	return frontend.New(cfg)
 }
 
 // serveFrontend serves the API while main runs. When ctx ends it tells clients at once that it takes

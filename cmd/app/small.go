@@ -15,7 +15,7 @@ import (
 
 // Bazelrc prints the lines for a client.
 type Bazelrc struct {
-	GRPC     string `name:"grpc" help:"Address of the farm as Bazel reaches it." default:"127.0.0.1:8980" placeholder:"HOST:PORT" env:"JETFARM_GRPC"`
+	GRPC     string `name:"grpc" help:"Address of the farm as Bazel reaches it." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
 	Instance string `help:"Instance name: a key space of its own in the same farm." default:""`
 	Config   string `name:"as" help:"Print the lines for 'bazel build --config=NAME' instead of for every build." default:"" placeholder:"NAME"`
 }
@@ -25,7 +25,7 @@ func (b *Bazelrc) run(_ context.Context, p *process) error {
 		return err
 	}
 	if _, err := digest.SpaceOf(b.Instance, repb.DigestFunction_SHA256, ""); err != nil {
-		return run.Usage{Err: fmt.Errorf("--instance: %w", err)}
+		return run.UsageError{Err: fmt.Errorf("--instance: %w", err)}
 	}
 	command := "build"
 	if b.Config != "" {

@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"errors"
 	"path/filepath"
 	"time"
 
@@ -15,8 +16,8 @@ type Up struct {
 	executionFlags `embed:""`
 	httpFlags      `embed:""`
 	Data           string `help:"Directory of everything the farm keeps. Default: the user's state directory." type:"path" placeholder:"DIR"`
-	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" placeholder:"HOST:PORT" env:"JETFARM_HTTP"`
-	Listen         string `help:"Address at which more workers, frontends and NATS tools reach the embedded NATS server." default:"127.0.0.1:0" placeholder:"HOST:PORT"`
+	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
+	Listen         string `help:"Address at which more workers, frontends and NATS tools reach the embedded NATS server." default:"127.0.0.1:0"`
 	MaxStore       size   `help:"Most bytes of blobs and records on disk. Default: three quarters of what is free." placeholder:"SIZE"`
 	SyncAlways     bool   `help:"Wait for the disk with every write. Otherwise a power cut may lose the last second."`
 }
@@ -27,10 +28,8 @@ const lastGrace = 2 * time.Second
 
 func (u *Up) run(ctx context.Context, p *process) error {
 	platform, err := u.validate()
+	err = errors.Join(err, checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen}))
 	if err != nil {
-		return err
-	}
-	if err := checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen}); err != nil {
 		return err
 	}
 	data, err := dataDir(u.Data)
@@ -47,7 +46,7 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer listeners.close()
-	tuneMemory(p.log)
+	tuneMemory(ctx, p.log)
 	server, err := broker.StartServer(ctx, broker.ServerConfig{
 		Dir: data, Listen: u.Listen, MaxStore: int64(u.MaxStore), SyncAlways: u.SyncAlways, Log: p.log,
 	})
@@ -65,10 +64,7 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer executor.close(context.WithoutCancel(ctx), p)
-	api, err := newFrontend(p, farm, u.serveFlags, true)
-	if err != nil {
-		return err
-	}
+	api := newFrontend(p, farm, u.serveFlags, true)
 	handler := run.Probes(run.ProbeConfig{Ready: api.Ready, Gatherer: farm.metrics, Pprof: u.Pprof})
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, api, handler, lastGrace, func(ctx context.Context) error {

@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -18,16 +19,13 @@ type Worker struct {
 	executionFlags `embed:""`
 	httpFlags      `embed:""`
 	Name           string `help:"Name of this worker, unique in the farm. Default: the host's name and the process id." placeholder:"NAME"`
-	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics; empty serves none." default:"127.0.0.1:0" placeholder:"HOST:PORT" env:"JETFARM_HTTP"`
+	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics; empty serves none." default:"127.0.0.1:0" env:"JETFARM_HTTP"`
 	Data           string `help:"Directory for cached inputs and running actions. Default: the user's state directory." type:"path" placeholder:"DIR"`
 }
 
 func (w *Worker) run(ctx context.Context, p *process) error {
 	platform, err := w.validate()
-	if err != nil {
-		return err
-	}
-	if err := checkAddresses(map[string]string{"http": w.HTTP}); err != nil {
+	if err = errors.Join(err, checkAddresses(map[string]string{"http": w.HTTP})); err != nil {
 		return err
 	}
 	data, err := dataDir(w.Data)

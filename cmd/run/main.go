@@ -14,12 +14,12 @@ import (
 // ErrStopped is the cause with which the first signal ends a program's context.
 var ErrStopped = errors.New("stopped by a signal")
 
-// Usage is an error of the command line or the configuration; the process exits with 2.
-type Usage struct{ Err error }
+// UsageError is an error of the command line or the configuration; the process exits with 2.
+type UsageError struct{ Err error }
 
-func (u Usage) Error() string { return u.Err.Error() }
+func (u UsageError) Error() string { return u.Err.Error() }
 
-func (u Usage) Unwrap() error { return u.Err }
+func (u UsageError) Unwrap() error { return u.Err }
 
 // Main runs a program until it returns and returns the exit code: 0 after a clean stop, 1 after a
 // failure, 2 for bad usage. SIGINT or SIGTERM end the program's context, upon which it drains; a
@@ -52,7 +52,7 @@ func Main(program func(ctx context.Context) error) int {
 	switch {
 	case err == nil, errors.Is(err, ErrStopped):
 		return 0
-	case errors.As(err, new(Usage)):
+	case errors.As(err, new(UsageError)):
 		fmt.Fprintf(os.Stderr, "jetfarm: %v\n", err)
 		return 2
 	}

@@ -91,8 +91,42 @@ func (p *Pool) newSlot() (*Slot, error) {
 	return nil, fmt.Errorf("all user IDs from %d to %d are in use", p.first, p.first+MaxSlots-1)
 }
 
-// claim locks a user ID for as long as the file is open, thus at most until this process ends.
-func (p *Pool) claim(uid int) (*os.File, error) {
+// claim is the exclusive right to a user ID. It ends with its descriptors, thus at most with this
+// process. The locked file tells the workers that come later which users there have been; the name of
+// the socket, which is no file, also excludes workers that see another /run, as in a chroot.
+type claim struct{ file, name *os.File }
+
+// Close gives the user ID free.
+func (c *claim) Close() error { return errors.Join(c.name.Close(), c.file.Close()) }
+
+func (p *Pool) claim(uid int) (*claim, error) {
+	file, err := p.lockFile(uid)
+	if err != nil {
+		return nil, err
+	}
+	name, err := bindName("@jetfarm/slot-" + strconv.Itoa(uid))
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return &claim{file: file, name: name}, nil
+}
+
+func bindName(name string) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socket: %w", err)
+	}
+	err = unix.Bind(fd, &unix.SockaddrUnix{Name: name})
+	if errors.Is(err, unix.EADDRINUSE) {
+		err = errTaken
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("bind %s: %w", name, err), unix.Close(fd))
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+func (p *Pool) lockFile(uid int) (*os.File, error) {
 	name := filepath.Join(p.lockDir, "slot-"+strconv.Itoa(uid))
 	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {

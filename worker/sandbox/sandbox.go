@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"path/filepath"
 )
 
@@ -103,8 +102,11 @@ func (p *Pool) choose(cfg Config, dir string) error {
 		err := p.try(m, dir)
 		if err == nil {
 			p.mode = m
-			//nolint:sloglint // probing has no context
-			cfg.Log.Info("isolation mode chosen", "isolation", string(m), "err", errors.Join(why...))
+			log := cfg.Log.With("isolation", string(m))
+			if len(why) > 0 {
+				log = log.With("err", errors.Join(why...))
+			}
+			log.Info("isolation mode chosen") //nolint:sloglint // probing has no context
 			return nil
 		}
 		why = append(why, fmt.Errorf("%w %s does not work here: %w", ErrMode, m, err))
@@ -152,7 +154,7 @@ func (p *Pool) Close() error {
 type Slot struct {
 	pool *Pool
 	uid  int
-	lock *os.File
+	lock *claim
 	// dirty says that the last run is not known to have left nothing. Only the holder touches it.
 	dirty bool
 }
