@@ -16,8 +16,10 @@ import (
 
 // Job is what a worker is asked to run.
 type Job struct {
-	Operation       string
-	Action          digest.Digest
+	Operation string
+	Action    digest.Digest
+	// ActionData is the serialized Action, or empty.
+	ActionData      []byte
 	SkipCacheLookup bool
 	DoNotCache      bool
 	Queued          time.Time
@@ -43,7 +45,7 @@ func (l *Lease) Job() *Job {
 	r := l.record
 	action, _ := r.Action.digest() //nolint:errcheck // checked when the lease was made
 	job := &Job{
-		Operation: r.Operation, Action: action, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
+		Operation: r.Operation, Action: action, ActionData: r.ActionData, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
 		Queued: r.Queued, Priority: r.Priority,
 	}
 	if metadata := new(repb.RequestMetadata); len(r.Metadata) > 0 && proto.Unmarshal(r.Metadata, metadata) == nil {
@@ -90,6 +92,7 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 			return ErrLost
 		}
 		r.Attempt, r.Worker, r.Stage, r.Note, r.Revision = r.Attempt+1, l.q.self.Name, repb.ExecutionStage_EXECUTING, "", 0
+		r.ActionData = nil // the job still has it
 		return nil
 	}
 	if l.first {

@@ -95,6 +95,7 @@ func (r *blobRef) digest() (digest.Digest, error) {
 type record struct {
 	Operation       string                    `json:"operation"`
 	Action          *blobRef                  `json:"action"`
+	ActionData      []byte                    `json:"action_data,omitempty"`
 	Stage           repb.ExecutionStage_Value `json:"stage"`
 	Attempt         int                       `json:"attempt,omitempty"`
 	Spared          int                       `json:"spared,omitempty"`

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"strconv"
 	"strings"
 	"time"
@@ -26,6 +27,8 @@ type Request struct {
 	// Priority is REAPI's: a lower one runs sooner.
 	Priority        int32
 	SkipCacheLookup bool
+	// ActionData is the serialized Action, which spares the worker to read it; it may be empty.
+	ActionData []byte
 	// DoNotCache keeps the request from joining an equal one.
 	DoNotCache bool
 	Metadata   *repb.RequestMetadata
@@ -34,6 +37,9 @@ type Request struct {
 	// into the action cache again: an equal action may have ended since the first look.
 	Confirm func(context.Context) error
 }
+
+// maxActionData bounds the action that travels with its operation; a larger one is read by the worker.
+const maxActionData = 4 << 10
 
 // maxMetadata bounds the client's metadata that travels with an operation.
 const maxMetadata = 8 << 10
@@ -50,6 +56,42 @@ const flightGrace = 10 * time.Second
 // Confirm's.
 func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
 	rec := newRecord(r)
+	joined, err := c.claim(ctx, rec, r)
+	if err != nil || joined != "" {
+		return joined, err
+	}
+	_, err = c.enqueue(ctx, rec)
+	return rec.Operation, err
+}
+
+// Execute is Submit and then Watch, without the read of a record that this client has just written.
+func (c *Client) Execute(ctx context.Context, r Request) iter.Seq2[*Operation, error] {
+	return func(yield func(*Operation, error) bool) {
+		rec := newRecord(r)
+		joined, err := c.claim(ctx, rec, r)
+		if err == nil && joined != "" {
+			c.Watch(ctx, joined)(yield)
+			return
+		}
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		w, err := c.watcher(rec.Operation)
+		if err != nil {
+			c.releaseFlight(ctx, rec)
+			yield(nil, err)
+			return
+		}
+		defer w.stop(ctx)
+		op, err := c.enqueue(ctx, rec)
+		w.follow(ctx, op, err, yield)
+	}
+}
+
+// claim does what comes before an operation is recorded: rec becomes the one in flight for its action,
+// or joined names the one that is.
+func (c *Client) claim(ctx context.Context, rec *record, r Request) (joined string, err error) {
 	if err := c.view.servable(r.Platform); err != nil {
 		return "", err
 	}
@@ -68,13 +110,7 @@ func (c *Client) Submit(ctx context.Context, r Request) (operation string, err e
 			return "", err
 		}
 	}
-	ctx, cancel := detach(ctx, settleBound)
-	defer cancel()
-	if err := c.enqueue(ctx, rec); err != nil {
-		c.releaseFlight(ctx, rec)
-		return "", err
-	}
-	return rec.Operation, nil
+	return "", nil
 }
 
 func newRecord(r Request) *record {
@@ -82,33 +118,49 @@ func newRecord(r Request) *record {
 	if err != nil || len(metadata) > maxMetadata {
 		metadata = nil
 	}
+	action := r.ActionData
+	if len(action) > maxActionData {
+		action = nil
+	}
 	now := time.Now().UTC()
 	return &record{
-		Operation: newName(), Action: refOf(r.Action), Stage: repb.ExecutionStage_QUEUED,
+		Operation: newName(), Action: refOf(r.Action), ActionData: action, Stage: repb.ExecutionStage_QUEUED,
 		Queued: now, Updated: now, Pool: r.Platform.pool(), Lane: laneOf(r.Priority), Platform: r.Platform,
 		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
 		Metadata: metadata, Invocation: fmt.Sprintf("%.*s", maxInvocation, r.Metadata.GetToolInvocationId()),
 	}
 }
 
-// enqueue writes the record and then the job. A job without a record would run for nobody.
-func (c *Client) enqueue(ctx context.Context, rec *record) error {
+// enqueue writes the record and then the job, and finishes although ctx ends. A job without a record
+// would run for nobody. When it fails the flight is released.
+func (c *Client) enqueue(ctx context.Context, rec *record) (*Operation, error) {
+	ctx, cancel := detach(ctx, settleBound)
+	defer cancel()
 	revision, err := c.create(ctx, rec)
-	if err != nil {
-		return err
-	}
-	job := *rec
-	job.Revision = revision
-	err = c.publishJob(ctx, &job)
 	if err == nil {
-		return nil
+		job := *rec
+		job.Revision = revision
+		if err = c.publishJob(ctx, &job); err == nil {
+			return rec.snapshot(revision)
+		}
+		err = c.abandon(ctx, rec, err)
 	}
+	c.releaseFlight(ctx, rec)
+	return nil, err
+}
+
+// abandon ends an operation whose job could not be queued because of err, which it returns.
+func (c *Client) abandon(ctx context.Context, rec *record, err error) error {
 	// Whoever joined the flight meanwhile must see an end, too.
 	_, _, end := c.update(ctx, rec.Operation, func(r *record) error {
 		if r.done() {
 			return errUnchanged
 		}
-		r.finish(code.Code_RESOURCE_EXHAUSTED, "the queue is full; try again later")
+		if errors.Is(err, ErrQueueFull) {
+			r.finish(code.Code_RESOURCE_EXHAUSTED, "the queue is full; try again later")
+		} else {
+			r.finish(code.Code_UNAVAILABLE, "the operation could not be queued; try again")
+		}
 		return nil
 	})
 	if end != nil && !errors.Is(end, errUnchanged) {

@@ -41,14 +41,19 @@ func (c *Client) Watch(ctx context.Context, operation string) iter.Seq2[*Operati
 		}
 		defer w.stop(ctx)
 		op, err := w.current(ctx)
-		for err == nil {
-			if !yield(op, nil) || op.Done() {
-				return
-			}
-			op, err = w.next(ctx, op)
-		}
-		yield(nil, err)
+		w.follow(ctx, op, err, yield)
 	}
+}
+
+// follow yields op and what comes after it, or err.
+func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield func(*Operation, error) bool) {
+	for err == nil {
+		if !yield(op, nil) || op.Done() {
+			return
+		}
+		op, err = w.next(ctx, op)
+	}
+	yield(nil, err)
 }
 
 // watcher follows one operation: one core NATS subscription and a buffer of watchBuffer messages, no

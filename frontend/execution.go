@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"iter"
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
@@ -50,7 +51,10 @@ func (e *execution) Execute(req *repb.ExecuteRequest, stream operationStream) er
 		return err
 	}
 	want := wants{stdout: req.GetInlineStdout(), stderr: req.GetInlineStderr(), files: e.limits.inlineFiles(req.GetInlineOutputFiles())}
-	name, err := e.start(ctx, req, action)
+	request, err := e.prepare(ctx, req, action)
+	if err == nil {
+		err = e.follow(ctx, stream, e.broker.Execute(ctx, request), want)
+	}
 	var found *cached
 	var refused *refusal
 	switch {
@@ -58,17 +62,17 @@ func (e *execution) Execute(req *repb.ExecuteRequest, stream operationStream) er
 		err = e.finish(ctx, stream, "cached-", action, want, &repb.ExecuteResponse{
 			Result: found.result, CachedResult: true, Status: &statuspb.Status{},
 		})
+	case errors.Is(err, broker.ErrNoWorker), errors.Is(err, broker.ErrInvalid):
+		refused = &refusal{cause: err}
+		fallthrough
 	case errors.As(err, &refused):
 		err = e.finish(ctx, stream, "refused-", action, want, &repb.ExecuteResponse{
 			Status: statusOf(refused.cause, maxViolations).Proto(),
 		})
-	case err == nil:
-		err = e.follow(ctx, stream, name, want)
-		if errors.Is(err, errNotFound) || errors.Is(err, broker.ErrNotFound) {
-			// The operation was deleted or its response is gone. NOT_FOUND is final for Execute; told to
-			// come again, a client waits for the operation, finds it gone and executes anew.
-			err = fmt.Errorf("%w: %s: %w", errInterrupted, name, err)
-		}
+	case errors.Is(err, errNotFound), errors.Is(err, broker.ErrNotFound):
+		// The operation was deleted or its response is gone. NOT_FOUND is final for Execute; told to
+		// come again, a client waits for the operation, finds it gone and executes anew.
+		err = fmt.Errorf("%w: %w", errInterrupted, err)
 	}
 	return endOf(ctx, err)
 }
@@ -100,9 +104,10 @@ func (e *execution) admit(req *repb.ExecuteRequest) (digest.Digest, error) {
 	)
 }
 
-// start returns the operation that runs the action. The error is *cached when the action cache has
-// a result that the request accepts, and *refusal when the action cannot run.
-func (e *execution) start(ctx context.Context, req *repb.ExecuteRequest, action digest.Digest) (string, error) {
+// prepare returns what to ask of the broker. The error, which the broker's Execute may also give, is
+// *cached when the action cache has a result that the request accepts, and *refusal when the action
+// cannot run.
+func (e *execution) prepare(ctx context.Context, req *repb.ExecuteRequest, action digest.Digest) (broker.Request, error) {
 	look := func(ctx context.Context) error {
 		result, err := lookup(ctx, e.actions, action, e.metrics)
 		if errors.Is(err, actioncache.ErrNotFound) {
@@ -122,22 +127,21 @@ func (e *execution) start(ctx context.Context, req *repb.ExecuteRequest, action 
 	if !request.SkipCacheLookup {
 		// A hit needs the digest alone: the action itself may be gone by now (row EXV-30).
 		if err := look(ctx); err != nil {
-			return "", err
+			return request, err
 		}
 	}
 	message, platform, err := e.inspect(ctx, action)
 	if err != nil {
-		return "", err
+		return request, err
 	}
 	request.Platform, request.DoNotCache = platform, message.GetDoNotCache()
+	if request.ActionData, err = proto.Marshal(message); err != nil {
+		return request, fmt.Errorf("encode action %v: %w", action, err)
+	}
 	if !request.SkipCacheLookup && !request.DoNotCache {
 		request.Confirm = look
 	}
-	name, err := e.broker.Submit(ctx, request)
-	if errors.Is(err, broker.ErrNoWorker) || errors.Is(err, broker.ErrInvalid) {
-		return "", &refusal{cause: err}
-	}
-	return name, err
+	return request, nil
 }
 
 // inspect reads what the queue needs to know of an action. Its errors are refusals, except for those
@@ -221,11 +225,13 @@ func (e *execution) finish(ctx context.Context, stream operationStream, prefix s
 }
 
 // follow sends the states of an operation, the present one at once, until it is done.
-func (e *execution) follow(ctx context.Context, stream operationStream, name string, want wants) error {
-	for op, err := range e.broker.Watch(ctx, name) {
+func (e *execution) follow(ctx context.Context, stream operationStream, states iter.Seq2[*broker.Operation, error], want wants) error {
+	name := ""
+	for op, err := range states {
 		if err != nil {
 			return err
 		}
+		name = op.Name
 		answer, err := e.answers.of(ctx, op, want)
 		if err != nil {
 			return err
@@ -248,7 +254,7 @@ func (e *execution) WaitExecution(req *repb.WaitExecutionRequest, stream operati
 		return err
 	}
 	defer leave()
-	return endOf(ctx, e.follow(ctx, stream, req.GetName(), wants{}))
+	return endOf(ctx, e.follow(ctx, stream, e.broker.Watch(ctx, req.GetName()), wants{}))
 }
 
 // metadataHeader carries the client's RequestMetadata.

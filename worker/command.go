@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
+	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
 	"github.com/jetfarm/jetfarm/worker/contain"
@@ -42,8 +43,12 @@ type task struct {
 
 // read fetches and checks an action. The error wraps errInvalid, inputs.ErrInvalid or
 // outputs.ErrInvalid, is an *inputs.MissingError with everything that is missing, or is the storage's.
-func (w *Worker) read(ctx context.Context, d digest.Digest) (*task, error) {
-	data, err := w.bytes(ctx, d, maxAction)
+func (w *Worker) read(ctx context.Context, spec *broker.Job) (*task, error) {
+	d := spec.Action
+	data, err := spec.ActionData, error(nil)
+	if d.Space().Of(data) != d {
+		data, err = w.bytes(ctx, d, maxAction)
+	}
 	if errors.Is(err, cas.ErrNotFound) {
 		return nil, inputs.Missing([]digest.Digest{d})
 	}

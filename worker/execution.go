@@ -47,7 +47,7 @@ func (x *execution) fetch(ctx context.Context) (err error) {
 	x.meta.InputFetchStartTimestamp = x.now()
 	ctx, cancel := context.WithTimeoutCause(ctx, x.w.cfg.FetchTimeout, errFetchTimeout)
 	defer cancel()
-	x.task, err = x.w.read(ctx, x.spec.Action)
+	x.task, err = x.w.read(ctx, x.spec)
 	return err
 }
 
