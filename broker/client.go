@@ -27,7 +27,9 @@ type Config struct {
 	Heartbeat time.Duration
 	// MendAfter is the age at which a watcher suspects that a queued operation has no job.
 	MendAfter time.Duration
-	Log       *slog.Logger
+	// Patience is how long an operation waits for a worker that can serve it while there are only others.
+	Patience time.Duration
+	Log      *slog.Logger
 }
 
 // The defaults of Config.
@@ -36,6 +38,7 @@ const (
 	DefaultMaxQueued = 200_000
 	DefaultHeartbeat = 20 * time.Second
 	DefaultMendAfter = 15 * time.Second
+	DefaultPatience  = 5 * time.Minute
 )
 
 // Client is a process's view of the operations of the farm. New makes one, Open prepares the broker,
@@ -49,6 +52,7 @@ type Client struct {
 	maxQueued int64
 	heartbeat time.Duration
 	mendAfter time.Duration
+	patience  time.Duration
 
 	operations, jobs, flights jetstream.Stream
 	pools, registry           jetstream.KeyValue
@@ -69,8 +73,8 @@ func New(cfg Config) (*Client, error) {
 		nc: cfg.Conn, js: js, log: cfg.Log,
 		replicas: cfg.Replicas, ackWait: orDefault(cfg.AckWait, DefaultAckWait),
 		maxQueued: orDefault(cfg.MaxQueued, DefaultMaxQueued), heartbeat: orDefault(cfg.Heartbeat, DefaultHeartbeat),
-		mendAfter: orDefault(cfg.MendAfter, DefaultMendAfter),
-		gap:       make(chan struct{}),
+		mendAfter: orDefault(cfg.MendAfter, DefaultMendAfter), patience: orDefault(cfg.Patience, DefaultPatience),
+		gap: make(chan struct{}),
 	}
 	c.view.init()
 	cfg.Conn.SetReconnectHandler(func(*nats.Conn) { c.missed() })
@@ -90,7 +94,7 @@ func (c *Client) Ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 	defer cancel()
 	if !c.nc.IsConnected() {
-		return fmt.Errorf("%w: not connected to %s: %w", ErrUnavailable, c.nc.ConnectedUrlRedacted(), orNone(c.nc.LastError()))
+		return fmt.Errorf("%w: the connection to nats is %v (last error: %v)", ErrUnavailable, c.nc.Status(), c.nc.LastError())
 	}
 	if _, err := c.js.AccountInfo(ctx); err != nil {
 		return unavailable(err)

@@ -38,6 +38,7 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 		nats.ReconnectWait(250 * time.Millisecond),
 		nats.ReconnectJitter(250*time.Millisecond, 250*time.Millisecond),
 		nats.ReconnectBufSize(-1),
+		nats.IgnoreAuthErrorAbort(), // credentials may be put right while the process waits
 		nats.Timeout(requestTimeout),
 		nats.FlusherTimeout(requestTimeout),
 		nats.PingInterval(10 * time.Second),
@@ -83,11 +84,4 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 			cfg.Log.WarnContext(ctx, "waiting for nats", "servers", strings.Join(cfg.Servers, ","), "err", refused.Load())
 		}
 	}
-}
-
-func orNone(err error) error {
-	if err == nil {
-		return fmt.Errorf("none")
-	}
-	return err
 }

@@ -225,10 +225,11 @@ func (l *Lease) giveUp(ctx context.Context, reason string, spared int) error {
 		r.Spared += spared
 		return nil
 	})
+	l.q.c.nakAfter(ctx, l.ack)
 	if errors.Is(err, errUnchanged) || errors.Is(err, ErrNotFound) {
-		err = nil
+		return nil
 	}
-	return errors.Join(err, l.nak())
+	return err
 }
 
 // returnDelay keeps a job that was given back from the worker that gave it, mostly.
@@ -237,13 +238,14 @@ const returnDelay = 200 * time.Millisecond
 // giveBack returns a job that was never begun.
 func (l *Lease) giveBack(ctx context.Context) {
 	l.end(ctx)
-	if err := l.nak(); err != nil {
-		l.q.c.log.WarnContext(ctx, "return job", "operation", l.record.Operation, "err", err)
-	}
+	l.q.c.nakAfter(ctx, l.ack)
 }
 
-func (l *Lease) nak() error {
-	return unavailable(l.q.c.nc.Publish(l.ack, fmt.Appendf(nil, `-NAK {"delay":%d}`, returnDelay.Nanoseconds())))
+// nakAfter makes the broker deliver a job again in a moment. When that fails it does so after AckWait.
+func (c *Client) nakAfter(ctx context.Context, ack string) {
+	if err := c.nc.Publish(ack, fmt.Appendf(nil, `-NAK {"delay":%d}`, returnDelay.Nanoseconds())); err != nil {
+		c.log.WarnContext(ctx, "return job", "err", err)
+	}
 }
 
 // end stops renewing and watching.

@@ -13,7 +13,7 @@ import (
 // MaxList is the most operations that List returns at once.
 const MaxList = 500
 
-// List returns up to limit operations, oldest change first, and the token of the next page, which is
+// List returns up to limit operations without their responses, oldest change first, and the token of the next page, which is
 // "" after the last. The error wraps ErrInvalid for a token that List did not give.
 func (c *Client) List(ctx context.Context, limit int, token string) (ops []*Operation, next string, err error) {
 	sequence := uint64(1)
@@ -40,6 +40,7 @@ func (c *Client) List(ctx context.Context, limit int, token string) (ops []*Oper
 		if err != nil {
 			return nil, "", err
 		}
+		op.Response = nil // up to MaxResponse bytes, which nobody asks a list for
 		ops = append(ops, op)
 	}
 	if _, err := c.after(ctx, sequence); errors.Is(err, jetstream.ErrMsgNotFound) {
@@ -62,11 +63,16 @@ func (c *Client) after(ctx context.Context, sequence uint64) (*jetstream.RawStre
 // Cancel ends an operation with the status CANCELLED for everyone who watches it. A queued one will
 // not run, a running one is killed by its worker. It is nil when the operation is already done.
 func (c *Client) Cancel(ctx context.Context, operation string) error {
+	return c.end(ctx, operation, code.Code_CANCELLED, "the operation was cancelled")
+}
+
+// end makes an operation terminal with a status and no result, unless it is done.
+func (c *Client) end(ctx context.Context, operation string, status code.Code, message string) error {
 	rec, _, err := c.update(ctx, operation, func(r *record) error {
 		if r.done() {
 			return errUnchanged
 		}
-		r.finish(code.Code_CANCELLED, "the operation was cancelled")
+		r.finish(status, message)
 		return nil
 	})
 	if errors.Is(err, errUnchanged) {
@@ -80,7 +86,7 @@ func (c *Client) Cancel(ctx context.Context, operation string) error {
 	c.releaseFlight(ctx, rec)
 	// What is not purged is found to be done by the worker that gets it.
 	if err := c.jobs.Purge(ctx, jetstream.WithPurgeSubject(jobSubjectOf(rec))); err != nil {
-		c.log.WarnContext(ctx, "remove cancelled job", "operation", operation, "err", err)
+		c.log.WarnContext(ctx, "remove job of an ended operation", "operation", operation, "err", err)
 	}
 	return nil
 }

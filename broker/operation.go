@@ -132,20 +132,16 @@ func (r *record) encode() ([]byte, error) {
 func decodeRecord(payload []byte) (*record, error) {
 	line, response, ok := bytes.Cut(payload, []byte{'\n'})
 	r := new(record)
-	if err := json.Unmarshal(line, r); err != nil || !ok {
-		return nil, fmt.Errorf("decode operation record: %w", errors.Join(err, errIfNot(ok, "no newline after the header")))
+	if !ok {
+		return nil, errors.New("decode operation record: no newline after the header")
+	}
+	if err := json.Unmarshal(line, r); err != nil {
+		return nil, fmt.Errorf("decode operation record: %w", err)
 	}
 	if len(response) > 0 {
 		r.response = response
 	}
 	return r, nil
-}
-
-func errIfNot(ok bool, text string) error {
-	if ok {
-		return nil
-	}
-	return errors.New(text)
 }
 
 // snapshot returns the record as the rest of the farm sees it.

@@ -3,7 +3,6 @@ package broker
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -37,6 +36,7 @@ type Queue struct {
 	inbox   string
 	replies chan *nats.Msg
 	bells   bells
+	bound   time.Duration // pullBound, but in tests
 }
 
 // idleSweep is how long an idle worker sleeps when nobody rings: a job that was redelivered rings
@@ -44,16 +44,16 @@ type Queue struct {
 const idleSweep = time.Second
 
 // pullBound is how long the broker may take to answer a pull.
-const pullBound = 5 * time.Second
+const pullBound = requestTimeout
 
-// fromLast is how many sweeps begin with the first lane before one begins with the last, so that a
-// full first lane leaves the others a share.
-const fromLast = 8
+// fair is how many sweeps begin with the first lane before one begins with another, each in its turn, so
+// that a full lane leaves the others a share.
+const fair = 8
 
 // Queue returns the queue as the worker self sees it. Its name must be a valid subject token.
 func (c *Client) Queue(self WorkerInfo) *Queue {
 	self.Incarnation, self.Started = newName(), time.Now().UTC()
-	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}}
+	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}, bound: pullBound}
 	q.bells = bells{q: q, rung: make(chan *nats.Msg, bellBuffer)}
 	return q
 }
@@ -190,24 +190,23 @@ func (q *Queue) full() bool {
 	return len(q.leases) >= q.self.Slots
 }
 
-// sweep asks each lane of each pool for a job.
+// sweep asks each lane of each pool for a job until one has it, an answer fails to come, or ctx ends.
 func (q *Queue) sweep(ctx context.Context, pools []string) (*Lease, error) {
 	q.sweeps++
-	var failed error
+	first, turn := 0, q.sweeps
+	if q.sweeps%fair == 0 {
+		turn = q.sweeps / fair
+		first, turn = 1+turn%(lanes-1), turn/(lanes-1)
+	}
 	for i := range lanes {
-		lane := i
-		if q.sweeps%fromLast == 0 {
-			lane = lanes - 1 - i
-		}
 		for n := range pools {
-			lease, err := q.pull(ctx, consumerName(pools[(n+q.sweeps)%len(pools)], lane))
-			if lease != nil {
-				return lease, nil
+			lease, err := q.pull(ctx, consumerName(pools[(n+turn)%len(pools)], (first+i)%lanes))
+			if lease != nil || err != nil || ctx.Err() != nil {
+				return lease, err
 			}
-			failed = errors.Join(failed, err)
 		}
 	}
-	return nil, failed
+	return nil, nil //nolint:nilnil // no job and no error is the common answer
 }
 
 // The payloads of a pull and of acknowledgements.
@@ -219,8 +218,8 @@ const (
 )
 
 // pull takes one job from a consumer, or none. It does not end with a context: a job that is
-// delivered to nobody is lost to all until AckWait has passed. One that comes after pullBound is
-// found by the next pull.
+// delivered to nobody is lost to all until AckWait has passed. After pullBound the inbox is given up,
+// with whatever still comes to it.
 //
 // The replies have a subscription of their own. A delivered job keeps the subject that it was stored
 // under, so the reply multiplexer of the client library cannot tell whose it is and drops it when
@@ -234,7 +233,7 @@ func (q *Queue) pull(ctx context.Context, consumer string) (*Lease, error) {
 	if err := q.c.nc.PublishRequest("$JS.API.CONSUMER.MSG.NEXT."+jobsStream+"."+consumer, reply, []byte(pullRequest)); err != nil {
 		return nil, unavailable(err)
 	}
-	timer := time.NewTimer(pullBound)
+	timer := time.NewTimer(q.bound)
 	defer timer.Stop()
 	for {
 		select {
@@ -246,7 +245,8 @@ func (q *Queue) pull(ctx context.Context, consumer string) (*Lease, error) {
 				return nil, nil //nolint:nilnil // no job and no error is the common answer
 			}
 		case <-timer.C:
-			return nil, fmt.Errorf("%w: no answer from consumer %s within %v", ErrUnavailable, consumer, pullBound)
+			q.abandonInbox(ctx)
+			return nil, fmt.Errorf("%w: no answer from consumer %s within %v", ErrUnavailable, consumer, q.bound)
 		}
 	}
 }
@@ -268,9 +268,27 @@ func (q *Queue) openInbox() error {
 	return nil
 }
 
+// abandonInbox makes the next pull open a new inbox. A job that an earlier pull asked for must not be
+// taken for the answer to a later one: it may have gone to another worker by then.
+func (q *Queue) abandonInbox(ctx context.Context) {
+	q.closeInbox(ctx)
+	for {
+		select {
+		case msg := <-q.replies:
+			if msg.Reply != "" {
+				q.c.nakAfter(ctx, msg.Reply)
+			}
+		default:
+			q.replies = nil
+			return
+		}
+	}
+}
+
 func (q *Queue) closeInbox(ctx context.Context) {
 	q.mu.Lock()
 	sub := q.sub
+	q.sub = nil
 	q.mu.Unlock()
 	if sub == nil {
 		return
@@ -288,7 +306,7 @@ func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {
 	if err != nil {
 		// No worker will ever understand it; its operation, if there is one, is mended by its watchers.
 		q.c.log.ErrorContext(ctx, "unreadable job removed", "subject", msg.Subject, "err", err)
-		return nil, errors.Join(q.c.nc.Publish(msg.Reply, []byte(ackTerminate)))
+		return nil, q.c.nc.Publish(msg.Reply, []byte(ackTerminate))
 	}
 	metadata, err := msg.Metadata()
 	if err != nil {

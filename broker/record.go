@@ -40,6 +40,12 @@ func (c *Client) last(ctx context.Context, s jetstream.Stream, subject string) (
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 	defer cancel()
 	msg, err := s.GetLastMsgForSubject(ctx, subject)
+	if errors.Is(err, nats.ErrNoResponders) {
+		// The stream has changed what kinds of reads it allows, as it does with its number of replicas.
+		if fresh, again := c.js.Stream(ctx, s.CachedInfo().Config.Name); again == nil {
+			msg, err = fresh.GetLastMsgForSubject(ctx, subject)
+		}
+	}
 	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, unavailable(cause(ctx, err))
 	}
@@ -55,11 +61,11 @@ func (c *Client) write(ctx context.Context, r *record, revision uint64) (uint64,
 		return 0, err
 	}
 	msg := &nats.Msg{Subject: operationSubject + r.Operation, Data: payload}
-	options := []jetstream.PublishOpt{jetstream.WithExpectLastSequencePerSubject(revision)}
+	keep := abandonedAfter
 	if r.done() {
-		options = append(options, jetstream.WithMsgTTL(retention))
+		keep = retention
 	}
-	return c.publish(ctx, msg, options...)
+	return c.publish(ctx, msg, jetstream.WithExpectLastSequencePerSubject(revision), jetstream.WithMsgTTL(keep))
 }
 
 // publish stores one message and returns its sequence.

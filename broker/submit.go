@@ -95,7 +95,10 @@ func (c *Client) claim(ctx context.Context, rec *record, r Request) (joined stri
 	if err := c.view.servable(r.Platform); err != nil {
 		return "", err
 	}
-	if err := c.ensurePool(ctx, rec.Pool, r.Platform); err != nil {
+	// What no worker declares does not choose between workers, and must not make a pool of its own.
+	platform := c.view.relevant(r.Platform)
+	rec.Pool = platform.pool()
+	if err := c.ensurePool(ctx, rec.Pool, platform); err != nil {
 		return "", err
 	}
 	if !r.DoNotCache {
@@ -125,7 +128,7 @@ func newRecord(r Request) *record {
 	now := time.Now().UTC()
 	return &record{
 		Operation: newName(), Action: refOf(r.Action), ActionData: action, Stage: repb.ExecutionStage_QUEUED,
-		Queued: now, Updated: now, Pool: r.Platform.pool(), Lane: laneOf(r.Priority), Platform: r.Platform,
+		Queued: now, Updated: now, Lane: laneOf(r.Priority), Platform: r.Platform,
 		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
 		Metadata: metadata, Invocation: fmt.Sprintf("%.*s", maxInvocation, r.Metadata.GetToolInvocationId()),
 	}
@@ -195,8 +198,13 @@ func (c *Client) publishJob(ctx context.Context, job *record) error {
 	for attempt := 0; ; attempt++ {
 		_, err := c.publish(ctx, &nats.Msg{Subject: jobSubjectOf(job), Data: payload})
 		switch {
-		case err == nil, errors.Is(err, errStoreFailed) && strings.Contains(err.Error(), "per subject"):
+		case err == nil:
 			c.ring(ctx, job)
+			return nil
+		case errors.Is(err, errStoreFailed) && strings.Contains(err.Error(), "per subject"):
+			if attempt > 0 { // an earlier try, whose answer was lost
+				c.ring(ctx, job)
+			}
 			return nil
 		case errors.Is(err, errStoreFailed):
 			return fmt.Errorf("%w: %d operations wait or run", ErrQueueFull, c.maxQueued)
@@ -216,14 +224,22 @@ func (c *Client) ring(ctx context.Context, job *record) {
 	}
 }
 
-// mend repairs an operation whose submitter died between record and job: it publishes the job
-// again, which changes nothing when there is one. A watcher calls it on its heartbeat.
+// mend repairs an operation that has lost its job: its submitter died between record and job, or the
+// broker lost the end of the queue in a power cut. It publishes the job again, which changes nothing
+// when there is one. An operation that no worker can serve, and that has waited for Config.Patience,
+// ends. A watcher calls it on its heartbeat.
 func (c *Client) mend(ctx context.Context, op *Operation) {
-	if op.Stage != repb.ExecutionStage_QUEUED || time.Since(op.Updated) < c.mendAfter {
+	if op.Done() || time.Since(op.Updated) < c.mendAfter {
 		return
 	}
 	r, revision, err := c.read(ctx, op.Name)
-	if err != nil || r.done() || r.Stage != repb.ExecutionStage_QUEUED {
+	if err != nil || r.done() {
+		return
+	}
+	if refused := c.view.servable(r.Platform); refused != nil && r.Stage == repb.ExecutionStage_QUEUED && time.Since(r.Queued) > c.patience {
+		if err := c.end(ctx, op.Name, code.Code_FAILED_PRECONDITION, refused.Error()); err != nil {
+			c.log.WarnContext(ctx, "end operation that nobody can serve", "operation", op.Name, "err", err)
+		}
 		return
 	}
 	r.Revision = revision

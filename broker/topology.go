@@ -36,6 +36,8 @@ const (
 	duplicates = 100 * time.Millisecond
 	// retention is how long a finished operation can still be asked for.
 	retention = time.Hour
+	// abandonedAfter ends the record of an operation that nobody ended, watched or changed.
+	abandonedAfter = 72 * time.Hour
 	// flightTTL ends a flight that nobody released; the record of its operation decides before that.
 	flightTTL = 24 * time.Hour
 )
@@ -153,7 +155,6 @@ func (c *Client) ensureConsumers(ctx context.Context, pool string) error {
 		_, err := c.js.CreateOrUpdateConsumer(ctx, jobsStream, jetstream.ConsumerConfig{
 			Durable: consumerName(pool, lane), FilterSubject: jobSubject + pool + "." + strconv.Itoa(lane) + ".*",
 			AckPolicy: jetstream.AckExplicitPolicy, AckWait: c.ackWait, MaxDeliver: -1, MaxAckPending: -1, MaxWaiting: 4096,
-			Replicas: c.replicas,
 		})
 		if err != nil {
 			return fmt.Errorf("consumer %s: %w", consumerName(pool, lane), err)

@@ -199,6 +199,16 @@ func (v *view) servable(p Platform) error {
 	return fmt.Errorf("%w; the nearest is %s: %s", ErrNoWorker, nearest.Name, strings.Join(parts, "; "))
 }
 
+// relevant returns the properties of p that some live worker declares, or p when there is none.
+func (v *view) relevant(p Platform) Platform {
+	workers := v.live()
+	if len(workers) == 0 {
+		return p
+	}
+	declared := declaredBy(workers)
+	return slices.DeleteFunc(slices.Clone(p), func(property Property) bool { return !declared[property.Name] })
+}
+
 func declaredBy(workers []WorkerInfo) map[string]bool {
 	declared := map[string]bool{}
 	for _, w := range workers {

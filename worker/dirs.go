@@ -81,7 +81,7 @@ func (d *dirs) prepare() error {
 
 // discard moves a directory out of the way.
 func (d *dirs) discard(name string) {
-	err := os.Rename(name, filepath.Join(d.trash, strconv.FormatUint(d.last.Add(1), 10)))
+	err := os.Rename(name, filepath.Join(d.trash, d.fresh()))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		//nolint:sloglint // discarding is not bound to a job's context
 		d.log.Warn("directory can't be moved to trash", "dir", filepath.Base(name), "err", err)
@@ -99,14 +99,8 @@ func (d *dirs) wakeUp() {
 // empty deletes what is in trash until ctx ends, and once more then.
 func (d *dirs) empty(ctx context.Context) {
 	for {
-		names, err := os.ReadDir(d.trash)
-		if err != nil {
-			d.log.WarnContext(ctx, "trash can't be read", "err", err)
-		}
-		for _, n := range names {
-			if err := remove(filepath.Join(d.trash, n.Name())); err != nil {
-				d.log.WarnContext(ctx, "trash can't be deleted", "err", err)
-			}
+		if err := d.emptyOnce(); err != nil {
+			d.log.WarnContext(ctx, "trash can't be deleted", "err", err)
 		}
 		select {
 		case <-d.wake:
@@ -121,59 +115,29 @@ func (d *dirs) empty(ctx context.Context) {
 	}
 }
 
-func (d *dirs) close() error { return d.lock.Close() }
-
-// remove deletes a tree that untrusted code made: one whose directories forbid it to their owner, or
-// are so deep that they can't be opened all at once.
-func remove(name string) error {
-	for range 1000 {
-		err := os.RemoveAll(name)
-		if err == nil {
-			return nil
+// emptyOnce deletes what is in trash, and what comes up from the depth of it.
+func (d *dirs) emptyOnce() (err error) {
+	trash, err := os.Open(d.trash)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, trash.Close()) }()
+	for {
+		names, err := os.ReadDir(d.trash)
+		if err != nil || len(names) == 0 {
+			return err
 		}
-		if !unlock(name) && !flatten(name) {
+		var errs []error
+		for _, n := range names {
+			errs = append(errs, remove(trash, n.Name(), d.fresh))
+		}
+		if err := errors.Join(errs...); err != nil {
 			return err
 		}
 	}
-	return fmt.Errorf("%s is too deep to be deleted", filepath.Base(name))
 }
 
-// unlock makes every directory of a tree writable for its owner and tells whether it changed one.
-func unlock(name string) (changed bool) {
-	//nolint:errcheck // what can't be read now is tried again after the change
-	_ = filepath.WalkDir(name, func(path string, e fs.DirEntry, _ error) error {
-		if e == nil || !e.IsDir() {
-			return nil
-		}
-		if info, statErr := os.Lstat(path); statErr == nil && info.Mode().Perm()&0o700 != 0o700 {
-			changed = os.Chmod(path, 0o700) == nil || changed
-		}
-		return nil
-	})
-	return changed
-}
+// fresh returns a name that nothing in run or trash has.
+func (d *dirs) fresh() string { return strconv.FormatUint(d.last.Add(1), 10) }
 
-// flatten moves a directory that is deep in a tree to its top and tells whether it did.
-func flatten(name string) bool {
-	const deep = 200
-	at := name
-	for range deep {
-		entries, err := os.ReadDir(at)
-		if err != nil {
-			return false
-		}
-		next := ""
-		for _, e := range entries {
-			if e.IsDir() {
-				next = filepath.Join(at, e.Name())
-				break
-			}
-		}
-		if next == "" {
-			return false
-		}
-		at = next
-	}
-	top, err := os.MkdirTemp(name, "deep-*")
-	return err == nil && os.Rename(at, filepath.Join(top, "x")) == nil
-}
+func (d *dirs) close() error { return d.lock.Close() }

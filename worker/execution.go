@@ -10,6 +10,7 @@ import (
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -54,6 +55,9 @@ func (x *execution) fetch(ctx context.Context) (err error) {
 // execute lays the inputs out, runs the command, and takes its outputs. The error is for blame, or the
 // farm's.
 func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) {
+	if err := x.slot.Clean(); err != nil {
+		return nil, err
+	}
 	space, err := x.w.dirs.take(x.slot.UID())
 	if err != nil {
 		return nil, err
@@ -99,6 +103,7 @@ func (x *execution) command(ctx context.Context) (ended sandbox.Result, err erro
 	}
 	x.meta.ExecutionStartTimestamp = x.now()
 	if ended, err = x.slot.Run(ctx, spec); err != nil {
+		x.space.tainted = true
 		return ended, err
 	}
 	x.meta.ExecutionStartTimestamp = x.at(ended.Started)
@@ -130,7 +135,7 @@ func (x *execution) result(ctx context.Context, ended sandbox.Result) (*repb.Exe
 	made.Result.ExecutionMetadata = x.meta
 	response := &repb.ExecuteResponse{Result: made.Result, Status: &status.Status{}}
 	x.classify(response, ended, refused)
-	if x.outcome == outcomeExecuted && !x.spec.DoNotCache && !x.task.doNotCache {
+	if x.outcome == outcomeExecuted && !x.spec.DoNotCache && !x.task.doNotCache && proto.Size(response) <= maxResponse {
 		return response, x.cache(ctx, made.Result)
 	}
 	return response, nil

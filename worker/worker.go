@@ -116,6 +116,7 @@ func (w *Worker) take(ctx, jobs context.Context, running *errgroup.Group) error 
 			defer func() { <-w.finishing }()
 			if err := contain.Panics(func() error { j.do(jobs); return nil })(); err != nil {
 				w.cfg.Log.ErrorContext(jobs, "job abandoned", "operation", j.spec.Operation, "err", err)
+				j.lease.Drop(jobs) // it is delivered again when its time is over
 			}
 			return nil
 		})

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -22,6 +21,8 @@ import (
 type workspace struct {
 	base string
 	uid  int // -1 is the worker's own user
+	// tainted says that a process of the job may still be alive.
+	tainted bool
 }
 
 func (w *workspace) root() string   { return filepath.Join(w.base, "root") }
@@ -50,9 +51,13 @@ func (d *dirs) take(uid int) (*workspace, error) {
 	}
 	d.mu.Unlock()
 	if w != nil {
-		return w, os.Chmod(w.base, 0o710)
+		// While it lay free, an accomplice may have given descriptors of it back to the user's next action.
+		if err := errors.Join(d.clean(w), os.Chmod(w.base, 0o710)); err == nil {
+			return w, nil
+		}
+		d.discard(w.base)
 	}
-	w = &workspace{base: filepath.Join(d.run, strconv.FormatUint(d.last.Add(1), 10)), uid: uid}
+	w = &workspace{base: filepath.Join(d.run, d.fresh()), uid: uid}
 	if err := d.make(w); err != nil {
 		d.discard(w.base)
 		return nil, err
@@ -96,6 +101,10 @@ func (w *workspace) own(name string) error {
 
 // give takes a workspace back from a job, all of whose processes are dead.
 func (d *dirs) give(w *workspace) {
+	if w.tainted {
+		d.discard(w.base)
+		return
+	}
 	if err := d.clean(w); err != nil {
 		//nolint:sloglint // cleaning is not bound to a job's context
 		d.log.Warn("workspace can't be cleaned", "dir", filepath.Base(w.base), "err", err)
@@ -147,7 +156,7 @@ func (d *dirs) clean(w *workspace) error {
 }
 
 // pristineDir tells whether a directory is empty and has the owner, the mode and no more attributes
-// than it was made with. A descriptor of it that went to a process of another user is of no use there.
+// than it was made with. Through a descriptor that went to another user only names can be seen.
 func (w *workspace) pristineDir(name string) bool {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -161,8 +170,8 @@ func (w *workspace) pristineDir(name string) bool {
 	return errors.Is(err, io.EOF)
 }
 
-// emptyFile empties a file for the next job, unless it has another name, another attribute or a
-// process that can still write to it: the action may have passed a descriptor to an accomplice.
+// emptyFile empties a file for the next job, unless it has another name, another attribute or is still
+// open somewhere: the action may have passed a descriptor to an accomplice.
 func (w *workspace) emptyFile(name string) bool {
 	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW, 0)
 	if err != nil {
@@ -172,8 +181,8 @@ func (w *workspace) emptyFile(name string) bool {
 	if !w.pristine(f, 0o600) {
 		return false
 	}
-	// The kernel grants a read lease only on a file that nobody has open for writing.
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
+	// The kernel grants a write lease only on a file that nobody else has open.
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
 		return false
 	}
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {

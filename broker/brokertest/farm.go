@@ -68,7 +68,12 @@ func (f *Farm) Purge(t testing.TB, stream string) {
 // Connect returns a connection over loopback TCP that is closed at the test's end.
 func (f *Farm) Connect(t testing.TB) *nats.Conn {
 	t.Helper()
-	nc, err := broker.Connect(t.Context(), broker.ConnectConfig{Servers: []string{f.URL()}, Name: t.Name(), Log: f.log})
+	return f.connect(t, f.URL())
+}
+
+func (f *Farm) connect(t testing.TB, url string) *nats.Conn {
+	t.Helper()
+	nc, err := broker.Connect(t.Context(), broker.ConnectConfig{Servers: []string{url}, Name: t.Name(), Log: f.log})
 	if err != nil {
 		t.Fatalf("Connect: %v", err)
 	}
@@ -85,7 +90,13 @@ func (f *Farm) Client(t testing.TB) *broker.Client {
 // ClientWith is Client with a configuration, of which it sets Conn and Log.
 func (f *Farm) ClientWith(t testing.TB, cfg broker.Config) *broker.Client {
 	t.Helper()
-	cfg.Conn, cfg.Log = f.Connect(t), f.log
+	return f.ClientAt(t, f.URL(), cfg)
+}
+
+// ClientAt is ClientWith through another address of the server, such as a proxy's.
+func (f *Farm) ClientAt(t testing.TB, url string, cfg broker.Config) *broker.Client {
+	t.Helper()
+	cfg.Conn, cfg.Log = f.connect(t, url), f.log
 	c, err := broker.New(cfg)
 	if err != nil {
 		t.Fatalf("New: %v", err)

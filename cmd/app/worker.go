@@ -110,8 +110,16 @@ func (e *executor) close(ctx context.Context, p *process) {
 
 // serve executes actions until ctx ends and then drains.
 func (e *executor) serve(ctx context.Context) error {
-	draining := context.AfterFunc(ctx, func() { e.queue.Drain(context.WithoutCancel(ctx)) })
-	defer draining()
+	told := make(chan struct{})
+	unsaid := context.AfterFunc(ctx, func() {
+		defer close(told)
+		e.queue.Drain(context.WithoutCancel(ctx))
+	})
+	defer func() {
+		if !unsaid() {
+			<-told
+		}
+	}()
 	if err := e.worker.Run(ctx); err != nil {
 		return err
 	}

@@ -86,7 +86,11 @@ func (p *Pool) newSlot() (*Slot, error) {
 		if err := sweepUID(uid, p.killer()); err != nil {
 			return nil, errors.Join(err, lock.Close())
 		}
-		return &Slot{pool: p, uid: uid, lock: lock}, nil
+		files, err := writeAccounts(p.lockDir, uid)
+		if err != nil {
+			return nil, errors.Join(err, lock.Close())
+		}
+		return &Slot{pool: p, uid: uid, lock: lock, files: files}, nil
 	}
 	return nil, fmt.Errorf("all user IDs from %d to %d are in use", p.first, p.first+MaxSlots-1)
 }

@@ -28,6 +28,11 @@ func (s *Slot) enter(root, scratch string) error {
 		return err
 	}
 	defer closeTree(rootTree)
+	for _, f := range s.files {
+		if err := bind(f.source, f.target); err != nil {
+			return err
+		}
+	}
 	for _, d := range privateDirs() {
 		info, err := os.Lstat(d)
 		if err != nil || !info.IsDir() {
@@ -35,13 +40,7 @@ func (s *Slot) enter(root, scratch string) error {
 		}
 		// The path of scratch may lie below a directory that is covered next, so the tree of the
 		// second directory is a clone of what is mounted on the first.
-		tree, err := cloneTree(scratch)
-		if err != nil {
-			return err
-		}
-		err = attach(tree, d)
-		closeTree(tree)
-		if err != nil {
+		if err := bind(scratch, d); err != nil {
 			return err
 		}
 		scratch = d
@@ -53,6 +52,16 @@ func (s *Slot) enter(root, scratch string) error {
 		}
 	}
 	return attach(rootTree, s.pool.mountpoint)
+}
+
+// bind makes what is at source appear at target, too.
+func bind(source, target string) error {
+	tree, err := cloneTree(source)
+	if err != nil {
+		return err
+	}
+	defer closeTree(tree)
+	return attach(tree, target)
 }
 
 func cloneTree(path string) (int, error) {

@@ -155,12 +155,27 @@ type Slot struct {
 	pool *Pool
 	uid  int
 	lock *claim
+	// files are what commands see in place of the machine's, in ModeNamespaces.
+	files []overlay
 	// dirty says that the last run is not known to have left nothing. Only the holder touches it.
 	dirty bool
 }
 
 // UID is the user and group ID that commands of the slot have, or -1 for the worker's own.
 func (s *Slot) UID() int { return s.uid }
+
+// Clean kills what is left when an earlier command of the slot could not be killed. Until it has
+// returned, nothing that the slot's user can reach may be prepared for the next.
+func (s *Slot) Clean() error {
+	if !s.dirty {
+		return nil
+	}
+	if err := s.sweep(nil); err != nil {
+		return err
+	}
+	s.dirty = false
+	return nil
+}
 
 // Release lets another command have the slot.
 func (s *Slot) Release() { s.pool.free <- s }
