@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 
+	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/broker/brokertest"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
@@ -417,4 +418,21 @@ func TestOldestEntriesGiveWay(t *testing.T) {
 		x.want(t, action(x, "used"), result)
 	}
 	x.wantNone(t, action(x, "unused"))
+}
+
+// TestSmallBroker: a broker without room for the usual bucket gets a smaller one.
+func TestSmallBroker(t *testing.T) {
+	s, err := broker.StartServer(t.Context(), broker.ServerConfig{Dir: t.TempDir(), MaxStore: 300 << 20, Listen: "127.0.0.1:0", Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Stop)
+	nc, err := broker.Connect(t.Context(), broker.ConnectConfig{Servers: []string{s.URL()}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(nc.Close)
+	if _, err := actioncache.Open(t.Context(), actioncache.Config{Conn: nc, Blobs: castest.NewMemory(), Log: slog.New(slog.DiscardHandler)}); err != nil {
+		t.Errorf("Open on a broker with 300 MiB: %v", err)
+	}
 }

@@ -43,7 +43,7 @@ type Config struct {
 	Blobs cas.Store
 	// Replicas is in how many brokers a result is kept, 1 by default.
 	Replicas int
-	// MaxBytes bounds the bucket, 1 GiB by default.
+	// MaxBytes bounds the bucket, 1 GiB by default, less where the broker has not that much.
 	MaxBytes int64
 	// MaxEntryBytes is up to which size a result is kept in the bucket itself, 900 KiB by default. It
 	// must be below the broker's message limit.
@@ -91,24 +91,45 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, 2*requestTimeout, errNoAnswer)
 	defer cancel()
-	// A key-value bucket as other clients know it, but that the oldest entries give way.
-	stream, err := js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+	stream, err := openBucket(ctx, js, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("action cache: bucket %s: %w", bucket, err)
+	}
+	return &Cache{js: js, stream: stream, blobs: cfg.Blobs, maxEntry: cfg.MaxEntryBytes, refresh: cfg.Refresh, log: cfg.Log}, nil
+}
+
+// minBytes is the smallest bucket that is made where the broker has no room to set MaxBytes aside.
+const minBytes = 16 << 20
+
+// openBucket makes or updates the stream: a key-value bucket as other clients know it, but that the
+// oldest entries give way.
+func openBucket(ctx context.Context, js jetstream.JetStream, cfg Config) (jetstream.Stream, error) {
+	for size := cfg.MaxBytes; ; size /= 4 {
+		stream, err := createBucket(ctx, js, cfg.Replicas, size)
+		if err == nil {
+			return stream, nil
+		}
+		if err = failure(ctx, err); !errors.Is(err, cas.ErrFull) || size/4 < minBytes {
+			return nil, err
+		}
+		cfg.Log.WarnContext(ctx, "the broker has little room for the action cache", "bytes", size/4, "err", err)
+	}
+}
+
+func createBucket(ctx context.Context, js jetstream.JetStream, replicas int, size int64) (jetstream.Stream, error) {
+	return js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 		Name:              "KV_" + bucket,
 		Description:       "jetfarm action cache",
 		Subjects:          []string{subjectPrefix + ">"},
 		MaxMsgsPerSubject: 1,
-		MaxBytes:          cfg.MaxBytes,
+		MaxBytes:          size,
 		Discard:           jetstream.DiscardOld,
 		Storage:           jetstream.FileStorage,
-		Replicas:          cfg.Replicas,
+		Replicas:          replicas,
 		Duplicates:        100 * time.Millisecond,
 		AllowRollup:       true,
 		AllowDirect:       true,
 	})
-	if err != nil {
-		return nil, fmt.Errorf("action cache: bucket %s: %w", bucket, failure(ctx, err))
-	}
-	return &Cache{js: js, stream: stream, blobs: cfg.Blobs, maxEntry: cfg.MaxEntryBytes, refresh: cfg.Refresh, log: cfg.Log}, nil
 }
 
 // Get returns the result of an action. The error wraps ErrNotFound when there is none whose blobs

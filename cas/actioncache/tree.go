@@ -24,7 +24,7 @@ const (
 	maxDirectory = 16 << 20
 )
 
-var errTooLarge = errors.New("output directories have too many entries")
+var errTooLarge = fmt.Errorf("%w: output directories have too many entries", ErrInvalid)
 
 // directory adds what an output directory names: its Tree, the files in that and, when the
 // directory is also given by its root, the Directory blobs (rows ACG-2, EXO-13).
