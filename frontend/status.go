@@ -53,6 +53,7 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{digest.ErrInvalid, codes.InvalidArgument, false},
 	{broker.ErrInvalid, codes.InvalidArgument, false},
 	{actioncache.ErrInvalid, codes.InvalidArgument, false},
+	{actioncache.ErrTooLarge, codes.InvalidArgument, false},
 	{cas.ErrMismatch, codes.InvalidArgument, false},
 	{errRange, codes.OutOfRange, false},
 	{errDenied, codes.PermissionDenied, false},

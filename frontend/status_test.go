@@ -47,6 +47,7 @@ func TestErrorMapping(t *testing.T) {
 		{cas.ErrUnavailable, codes.Unavailable, true},
 		{actioncache.ErrNotFound, codes.NotFound, false},
 		{actioncache.ErrInvalid, codes.InvalidArgument, false},
+		{actioncache.ErrTooLarge, codes.InvalidArgument, false},
 		{broker.ErrInvalid, codes.InvalidArgument, false},
 		{broker.ErrNotFound, codes.NotFound, false},
 		{broker.ErrQueueFull, codes.ResourceExhausted, true},

@@ -152,7 +152,7 @@ func (c *Cache) Get(ctx context.Context, action digest.Digest) (*repb.ActionResu
 		return result, nil
 	case errors.As(err, &missing):
 		return nil, fmt.Errorf("%w for %v: %v", ErrNotFound, action, err) //nolint:errorlint // A miss is only a miss.
-	case errors.Is(err, errTooLarge):
+	case errors.Is(err, ErrTooLarge):
 		c.log.WarnContext(ctx, "cached result is too large to be checked", "action", action, "err", err)
 		return nil, fmt.Errorf("%w for %v: %v", ErrNotFound, action, err) //nolint:errorlint // A miss is only a miss.
 	case errors.Is(err, ErrInvalid):

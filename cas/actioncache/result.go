@@ -110,7 +110,7 @@ func (o outputs) symlinks(links []*repb.OutputSymlink) error {
 }
 
 // complete checks that a result is well formed and that every blob it names is present. The error
-// wraps ErrInvalid, is a *MissingError or comes from the store.
+// wraps ErrInvalid or ErrTooLarge, is a *MissingError or comes from the store.
 func (c *Cache) complete(ctx context.Context, space digest.Space, result *repb.ActionResult) error {
 	if err := validate(result); err != nil {
 		return err

@@ -24,7 +24,8 @@ const (
 	maxDirectory = 16 << 20
 )
 
-var errTooLarge = fmt.Errorf("%w: output directories have too many entries", ErrInvalid)
+// ErrTooLarge reports a result whose output directories cannot be checked within bounds.
+var ErrTooLarge = errors.New("output directories have too many entries")
 
 // directory adds what an output directory names: its Tree, the files in that and, when the
 // directory is also given by its root, the Directory blobs (rows ACG-2, EXO-13).
@@ -116,7 +117,7 @@ func (n *named) hierarchy(ctx context.Context, root digest.Digest) error {
 			return err
 		}
 		if d.Size() > maxDirectory {
-			return fmt.Errorf("%w: a Directory of %d bytes", errTooLarge, d.Size())
+			return fmt.Errorf("%w: a Directory of %d bytes", ErrTooLarge, d.Size())
 		}
 		encoded, err := cas.ReadAll(ctx, n.blobs, d, maxDirectory)
 		if lost(err) {
@@ -178,10 +179,10 @@ func fields(encoded []byte) (count int) {
 func (n *named) grow(nodes int, size int64) error {
 	n.nodes += nodes
 	if size > maxBytes || n.nodes > maxNodes {
-		return errTooLarge
+		return ErrTooLarge
 	}
 	if n.bytes += size; n.bytes > maxBytes {
-		return errTooLarge
+		return ErrTooLarge
 	}
 	return nil
 }
@@ -207,7 +208,7 @@ func directories(r io.Reader, visit func(encoded []byte) error) error {
 			continue
 		}
 		if size > maxDirectory {
-			return fmt.Errorf("%w: a Directory of %d bytes", errTooLarge, size)
+			return fmt.Errorf("%w: a Directory of %d bytes", ErrTooLarge, size)
 		}
 		buffer = slices.Grow(buffer[:0], int(size))[:size]
 		if _, err := io.ReadFull(in, buffer); err != nil {
