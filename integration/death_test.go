@@ -1,13 +1,16 @@
 package integration_test
 
 import (
+	"fmt"
 	"syscall"
 	"testing"
 	"time"
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // Each action that waits sleeps for a duration of its own, by which its processes are found.
@@ -129,5 +132,65 @@ func TestRestartedWorkerCleansUpAndCancels(t *testing.T) {
 	}
 	if got := codes.Code(response.GetStatus().GetCode()); got != codes.Canceled {
 		t.Errorf("status of the cancelled execution = %v, want CANCELLED", got)
+	}
+}
+
+// A farm in one process that is asked to stop finishes what runs, and whoever waits for that gets the
+// result. What still waits for a worker then is told to come again.
+func TestStoppingUpFinishesWhatRuns(t *testing.T) {
+	f := startUp(t)
+	c := dial(t, f.endpoint(t))
+	execute := func(a *action) grpc.ServerStreamingClient[longrunningpb.Operation] {
+		t.Helper()
+		if err := c.put(t.Context(), a.blobs...); err != nil {
+			t.Fatal(err)
+		}
+		stream, err := c.runs.Execute(t.Context(), &repb.ExecuteRequest{ActionDigest: a.digest})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := stream.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		return stream
+	}
+	var running []grpc.ServerStreamingClient[longrunningpb.Operation]
+	for i := range slots {
+		stream := execute(shell(t, fmt.Sprint("running ", i), "sleep 3"))
+		awaitStage(t, stream, repb.ExecutionStage_EXECUTING)
+		running = append(running, stream)
+	}
+	waiting := execute(shell(t, "waiting", "true"))
+	f.up.stop(t)
+	finished := 0
+	for _, stream := range running {
+		response, err := result(stream)
+		if err == nil && response.GetResult().GetExitCode() == 0 && response.GetStatus().GetCode() == 0 {
+			finished++
+		}
+	}
+	if finished != slots {
+		t.Errorf("%d of %d running actions ended with their result", finished, slots)
+	}
+	if _, err := result(waiting); status.Code(err) != codes.Unavailable {
+		t.Errorf("the waiting action ended with %v, want UNAVAILABLE", err)
+	}
+}
+
+// awaitStage reads a stream until its operation is in a stage.
+func awaitStage(t *testing.T, stream grpc.ServerStreamingClient[longrunningpb.Operation], want repb.ExecutionStage_Value) {
+	t.Helper()
+	for {
+		op, err := stream.Recv()
+		if err != nil {
+			t.Fatalf("waiting for stage %v: %v", want, err)
+		}
+		metadata := new(repb.ExecuteOperationMetadata)
+		if err := op.GetMetadata().UnmarshalTo(metadata); err != nil {
+			t.Fatal(err)
+		}
+		if metadata.GetStage() == want {
+			return
+		}
 	}
 }

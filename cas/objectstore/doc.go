@@ -9,8 +9,9 @@
 //
 // Whether a blob exists is answered from an index in memory. Open builds it from the subjects that
 // the streams hold, announcements on SubjectIndex keep it current between processes, and Run lists
-// the current generation again after every gap. The index may forget a blob, which costs an upload
-// that ends early; what it calls present was verified and stored.
+// the live generations again after every gap. The index may forget a blob, which costs an upload
+// that ends early. What it calls present was verified and stored; should the broker have lost it, it
+// is forgotten everywhere by the next listing or the first read that finds nothing.
 //
 // Streams belong to generations, which are numbered from 1. Writes go to the newest, reads ask all
 // that live.

@@ -1,5 +1,17 @@
 package objectstore
 
+import "context"
+
+// Refresh lists the streams as Run does after a gap.
+func (s *Store) Refresh(ctx context.Context) error { return s.refresh(ctx) }
+
+// Sweep is a listing that finds nothing and takes as long as f.
+func (s *Store) Sweep(f func()) {
+	s.index.begin(s.generations())
+	f()
+	s.index.sweep(s.current().number)
+}
+
 // What follows is for the fuzz tests of the parsers.
 
 // ParseChunkSubject reads the part of a chunk subject after `C.` and returns it as it is written.

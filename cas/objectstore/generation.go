@@ -55,10 +55,30 @@ func (g *generation) add(b *bucket) {
 	(*buckets)[b.shard] = b
 }
 
+// findBucket returns the bucket of this stream, or nil.
+func findBucket(gs []*generation, stream string) *bucket {
+	for _, g := range gs {
+		for _, b := range g.buckets() {
+			if b.stream == stream {
+				return b
+			}
+		}
+	}
+	return nil
+}
+
 // openGenerations finds the live generations by the names of their streams, newest first, and makes
-// the streams of the newest complete. Without any it makes generation 1.
-func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config) ([]*generation, error) {
+// the streams of the newest complete. Without any it makes generation 1. Buckets that are known stay
+// the same, since writers share their budget, and their streams are made only if they are gone.
+func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config, known []*generation) ([]*generation, error) {
 	byNumber := make(map[uint32]*generation)
+	open := func(f family, number uint32, shard int) *bucket {
+		b := newBucket(f, number, shard, cfg.WriteBudget)
+		if old := findBucket(known, b.stream); old != nil {
+			return old
+		}
+		return b
+	}
 	names := js.StreamNames(ctx)
 	for name := range names.Name() {
 		f, number, shard, ok := parseStream(name)
@@ -68,7 +88,7 @@ func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config) ([
 		if byNumber[number] == nil {
 			byNumber[number] = &generation{number: number}
 		}
-		byNumber[number].add(newBucket(f, number, shard, cfg.WriteBudget))
+		byNumber[number].add(open(f, number, shard))
 	}
 	if err := names.Err(); err != nil {
 		return nil, fmt.Errorf("list streams: %w", err)
@@ -86,7 +106,10 @@ func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config) ([
 	shards := max(1, len(current.small), len(current.large))
 	for _, f := range []family{small, large} {
 		for shard := range shards {
-			b := newBucket(f, current.number, shard, cfg.WriteBudget)
+			b := open(f, current.number, shard)
+			if known != nil && findBucket(live, b.stream) != nil {
+				continue
+			}
 			if err := b.create(ctx, js, cfg.Replicas, cfg.MaxBytes); err != nil {
 				return nil, fmt.Errorf("make stream %s: %w", b.stream, err)
 			}

@@ -2,6 +2,7 @@ package objectstore
 
 import (
 	"crypto/sha256"
+	"slices"
 	"sync"
 
 	"github.com/jetfarm/jetfarm/cas/digest"
@@ -40,12 +41,14 @@ func keyOf(d digest.Digest) key {
 }
 
 // entry is what the index knows of a blob, packed: 20 bits of generation, one that tells a large
-// blob and 43 of size. No entry has size 0, since the empty blob is never stored.
+// blob and 43 of size. No entry has size 0, since the empty blob is never stored. The first bit of
+// the size is 0 in announcements, since no blob is that large, and is the mark in the index.
 type entry uint64
 
 const (
 	sizeBits      = 43
-	sizeMask      = 1<<sizeBits - 1
+	mark          = 1 << (sizeBits - 1)
+	sizeMask      = mark - 1
 	maxGeneration = 1<<20 - 1
 )
 
@@ -66,8 +69,13 @@ func (e entry) size() int64        { return int64(e & sizeMask) }
 // indexShards spreads the index over locks.
 const indexShards = 64
 
-// index tells which blobs exist and in which generation. It may lack some; it never has one that
-// was not stored.
+// index tells which blobs exist and in which generation. It may lack some, and it has only what was
+// stored or announced once.
+//
+// A listing of the streams forgets what they have lost: begin removes the mark of every entry, what
+// is set from then on is marked, be it new or not, and sweep drops what is not marked. So an entry
+// that was not listed stays if it was set while the listing ran. The rejected alternative is a second
+// index that a listing fills, which takes twice the memory and has to hear of everything as well.
 type index struct {
 	shards [indexShards]indexShard
 }
@@ -88,7 +96,7 @@ func newIndex() *index {
 // shard uses a byte that a listing by hash prefix varies.
 func (x *index) shard(k key) *indexShard { return &x.shards[k[len(k)-1]%indexShards] }
 
-// get returns the entry of a blob of this size.
+// get returns the entry of a key, and whether it is that of a blob of this size.
 func (x *index) get(k key, size int64) (entry, bool) {
 	s := x.shard(k)
 	s.mu.RLock()
@@ -97,13 +105,49 @@ func (x *index) get(k key, size int64) (entry, bool) {
 	return e, ok && e.size() == size
 }
 
-// set adds an entry unless a newer generation has the blob.
+// set adds an entry, or marks the one that is there, unless a newer generation has the blob.
 func (x *index) set(k key, e entry) {
 	s := x.shard(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if old, ok := s.entries[k]; !ok || old.generation() < e.generation() {
-		s.entries[k] = e
+	old, ok := s.entries[k]
+	if !ok || old.generation() < e.generation() || (old.generation() == e.generation() && old&mark == 0) {
+		s.entries[k] = e | mark
+	}
+}
+
+// begin removes the marks, and the entries of all generations but these.
+func (x *index) begin(live []*generation) {
+	x.each(func(entries map[key]entry, k key, e entry) {
+		switch {
+		case !slices.ContainsFunc(live, func(g *generation) bool { return g.number == e.generation() }):
+			delete(entries, k)
+		case e&mark != 0:
+			entries[k] = e &^ mark
+		}
+	})
+}
+
+// sweep drops what is not marked of a generation and returns how many entries that are.
+func (x *index) sweep(generation uint32) (dropped int) {
+	x.each(func(entries map[key]entry, k key, e entry) {
+		if e.generation() == generation && e&mark == 0 {
+			delete(entries, k)
+			dropped++
+		}
+	})
+	return dropped
+}
+
+// each calls f with every entry, which f may change or delete. It locks one shard at a time.
+func (x *index) each(f func(entries map[key]entry, k key, e entry)) {
+	for i := range x.shards {
+		s := &x.shards[i]
+		s.mu.Lock()
+		for k, e := range s.entries {
+			f(s.entries, k, e)
+		}
+		s.mu.Unlock()
 	}
 }
 

@@ -44,7 +44,7 @@ func (s *Store) listChunks(ctx context.Context, b *bucket, hh string) error {
 // listMetadata adds the large blobs of a stream.
 func (s *Store) listMetadata(ctx context.Context, b *bucket) error {
 	return s.bulk.subjects(ctx, b.stream, b.metas+">", func(subject string) {
-		if d, ok := parseMeta(strings.TrimPrefix(subject, b.metas)); ok && familyOf(d) == large {
+		if d, ok := parseMeta(strings.TrimPrefix(subject, b.metas)); ok && familyOf(d) == large && d.Size() <= maxSize {
 			s.index.set(keyOf(d), newEntry(b, d.Size()))
 		}
 	})

@@ -21,6 +21,9 @@ const positionsKey = "jetfarm-chunks"
 // when a thousand other uploads interleave.
 const maxChunks = 1 << 18
 
+// maxSize is the size of the largest blob.
+const maxSize = maxChunks * chunkSize
+
 // objectInfo is the stock form of an object store's metadata.
 func objectInfo(b *bucket, d digest.Digest, nuid string) jetstream.ObjectInfo {
 	return jetstream.ObjectInfo{

@@ -31,7 +31,7 @@ func newMetrics(r prometheus.Registerer, x *index) (*metrics, error) {
 		writtenBytes:      counter("written_bytes_total", "Bytes of blobs that puts of this process stored or found stored."),
 		readBytes:         counter("read_bytes_total", "Bytes of blobs read from the object store by this process."),
 		lostAnnouncements: counter("announcements_lost_total", "Stored blobs that other processes were not told of, because too many waited."),
-		repairs:           counter("index_repairs_total", "Listings of the current generation after a gap in the announcements."),
+		repairs:           counter("index_repairs_total", "Listings of the live generations after a gap in the announcements."),
 		orphans:           counter("orphaned_uploads_total", "Failed uploads whose chunks could not be removed."),
 	}
 	entries := prometheus.NewGaugeFunc(prometheus.GaugeOpts{

@@ -9,7 +9,8 @@ import (
 // the format, and 8 random bytes that name the sender, followed by records of 24 bytes: the key of a
 // blob (the first 16 bytes of its hash, outside the default key space xor the first 16 bytes of the
 // SHA-256 of the space's token) and a big-endian number of 20 bits of generation, one bit that is set
-// for large blobs, and 43 bits of size. Size 0 says that the generation lost the blob.
+// for large blobs, and 43 bits of size. Size 0 says that the blob is in no generation up to this one;
+// where that is wrong, the blob is uploaded once more.
 const SubjectIndex = "jetfarm.cas.idx"
 
 const (

@@ -2,12 +2,14 @@ package objectstore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -19,11 +21,13 @@ const (
 	// repairDelay and repairDelayMax bound the pause after a listing that failed.
 	repairDelay    = 250 * time.Millisecond
 	repairDelayMax = 30 * time.Second
+	// suspectDelay is how often requests that find no stream may cause a listing.
+	suspectDelay = 10 * time.Second
 )
 
 // Run tells other processes what this one stores, and keeps the index current with what they tell.
-// It lists the current generation when it starts and after every time that announcements may have
-// been lost. It returns nil after ctx has ended.
+// It lists the live generations when it starts and after every time that announcements may have been
+// lost or the broker may have lost blobs. It returns nil after ctx has ended.
 func (s *Store) Run(ctx context.Context) error {
 	arriving := make(chan *nats.Msg, newsChannel)
 	sub, err := s.cfg.Small.ChanSubscribe(SubjectIndex, arriving)
@@ -34,12 +38,11 @@ func (s *Store) Run(ctx context.Context) error {
 	connected := s.cfg.Small.StatusChanged(nats.CONNECTED)
 	defer s.cfg.Small.RemoveStatusListener(connected)
 
-	gap := make(chan struct{}, 1)
-	gap <- struct{}{} // what was stored since Open listed it
+	s.doubt() // what was stored since Open listed it
 	group, bound := errgroup.WithContext(ctx)
 	group.Go(func() error { return s.announce(bound) })
-	group.Go(func() error { return s.listen(bound, arriving, slow, connected, gap) })
-	group.Go(func() error { return s.repair(bound, gap) })
+	group.Go(func() error { return s.listen(bound, arriving, slow, connected) })
+	group.Go(func() error { return s.repair(bound) })
 	err = group.Wait()
 	if e := sub.Unsubscribe(); e != nil && !s.cfg.Small.IsClosed() {
 		s.cfg.Log.WarnContext(ctx, "unsubscribe from announcements", "err", e)
@@ -73,7 +76,7 @@ func (s *Store) announce(ctx context.Context) error {
 }
 
 // listen applies announcements until ctx ends, and says so when some may have been lost.
-func (s *Store) listen(ctx context.Context, arriving <-chan *nats.Msg, slow <-chan nats.SubStatus, connected <-chan nats.Status, gap chan<- struct{}) error {
+func (s *Store) listen(ctx context.Context, arriving <-chan *nats.Msg, slow <-chan nats.SubStatus, connected <-chan nats.Status) error {
 	for {
 		lost := true
 		select {
@@ -92,17 +95,34 @@ func (s *Store) listen(ctx context.Context, arriving <-chan *nats.Msg, slow <-ch
 			return ended(ctx)
 		}
 		if lost {
-			select {
-			case gap <- struct{}{}:
-			default:
-			}
+			s.doubt()
 		}
 	}
 }
 
-// apply enters announcements into the index. Those of generations that do not live here are no
-// use, and those in another format are from another version of this program. This Store's own come
-// back as well, when the index may have forgotten the blob already.
+// doubt makes Run list the streams.
+func (s *Store) doubt() {
+	select {
+	case s.gap <- struct{}{}:
+	default:
+	}
+}
+
+// suspect is doubt after a request that found no stream, which someone may have deleted. The broker
+// says the same while it has no leader, so this is not done often.
+func (s *Store) suspect(err error) {
+	if !errors.Is(err, nats.ErrNoResponders) && !errors.Is(err, jetstream.ErrNoStreamResponse) && !errors.Is(err, jetstream.ErrStreamNotFound) {
+		return
+	}
+	now, last := time.Now().UnixNano(), s.suspected.Load()
+	if now-last >= int64(suspectDelay) && s.suspected.CompareAndSwap(last, now) {
+		s.doubt()
+	}
+}
+
+// apply enters announcements into the index. Blobs of generations that do not live here are no use,
+// no blob has a size with the mark, and other formats are from another version of this program. This
+// Store's own come back as well, when the index may have forgotten the blob already.
 func (s *Store) apply(data []byte) {
 	sender, records, ok := decodeNews(data)
 	if !ok || sender == s.news.sender {
@@ -110,25 +130,26 @@ func (s *Store) apply(data []byte) {
 	}
 	for _, r := range records {
 		switch {
-		case s.generation(r.entry.generation()) == nil:
 		case r.entry.size() == 0:
 			s.index.forget(r.key, r.entry.generation())
+		case r.entry&mark != 0 || s.generation(r.entry.generation()) == nil:
 		default:
 			s.index.set(r.key, r.entry)
 		}
 	}
 }
 
-// repair lists the current generation after every gap, again and again until that succeeds.
-func (s *Store) repair(ctx context.Context, gap <-chan struct{}) error {
+// repair brings generations and index to what the broker has after every gap, again and again until
+// that succeeds.
+func (s *Store) repair(ctx context.Context) error {
 	for {
 		select {
-		case <-gap:
+		case <-s.gap:
 		case <-ctx.Done():
 			return ended(ctx)
 		}
 		for delay := repairDelay; ; delay = min(2*delay, repairDelayMax) {
-			err := s.list(ctx, s.current())
+			err := s.refresh(ctx)
 			if err == nil {
 				s.metrics.repairs.Inc()
 				break
@@ -137,9 +158,44 @@ func (s *Store) repair(ctx context.Context, gap <-chan struct{}) error {
 				return err
 			}
 			s.cfg.Log.WarnContext(ctx, "the index cannot be repaired yet", "err", err)
-			if err := pause(ctx, delay/2+rand.N(delay/2)); err != nil { //nolint:gosec // spreads retries
+			if err := s.pauseRepair(ctx, delay/2+rand.N(delay/2)); err != nil { //nolint:gosec // spreads retries
 				return err
 			}
 		}
 	}
+}
+
+// pauseRepair is pause, which the next gap ends: the broker may be back.
+func (s *Store) pauseRepair(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-s.gap:
+		return nil
+	case <-ctx.Done():
+		return ended(ctx)
+	}
+}
+
+// refresh finds the live generations, makes streams of the current one that are gone, and lists all.
+// What was in the index before and is not listed is forgotten. The newest generation is first, so that
+// what it lost is found in an older one.
+func (s *Store) refresh(ctx context.Context) error {
+	live, err := openGenerations(ctx, s.smallWrites.js, s.cfg, s.generations())
+	if err != nil {
+		return brokerError(ctx, err)
+	}
+	s.live.Store(&live)
+	s.index.begin(live)
+	for _, g := range live {
+		if err := s.list(ctx, g); err != nil {
+			return err
+		}
+		if dropped := s.index.sweep(g.number); dropped > 0 {
+			s.cfg.Log.WarnContext(ctx, "the broker has lost blobs", "blobs", dropped, "generation", g.number)
+		}
+	}
+	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -20,9 +21,13 @@ type Store struct {
 	cfg     Config
 	metrics *metrics
 	index   *index
-	live    []*generation // newest first, never empty
+	live    atomic.Pointer[[]*generation] // what generations returns
 	news    news
+	losses  losses
 	buffers buffers
+
+	gap       chan struct{} // has room for one; wakes the repair in Run
+	suspected atomic.Int64  // when suspect last woke it, in nanoseconds
 
 	small, bulk             api
 	smallWrites, bulkWrites publisher
@@ -45,6 +50,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s := &Store{
 		cfg:   cfg,
 		index: newIndex(),
+		gap:   make(chan struct{}, 1),
 		news:  news{sender: rand.Uint64(), wake: make(chan struct{}, 1)}, //nolint:gosec // a name, not a secret
 		small: api{conn: cfg.Small, timeout: cfg.RequestTimeout},
 		bulk:  api{conn: cfg.Bulk, timeout: cfg.RequestTimeout},
@@ -55,10 +61,12 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if s.bulkWrites, err = newPublisher(cfg.Bulk, ackMemory*cfg.StallTimeout); err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
 	}
-	if s.live, err = openGenerations(ctx, s.smallWrites.js, cfg); err != nil {
+	live, err := openGenerations(ctx, s.smallWrites.js, cfg, nil)
+	if err != nil {
 		return nil, fmt.Errorf("objectstore: %w", brokerError(ctx, err))
 	}
-	for _, g := range s.live {
+	s.live.Store(&live)
+	for _, g := range live {
 		if err := s.list(ctx, g); err != nil {
 			return nil, fmt.Errorf("objectstore: %w", err)
 		}
@@ -69,12 +77,15 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	return s, nil
 }
 
+// generations returns those that live, newest first and never none. Nobody changes them.
+func (s *Store) generations() []*generation { return *s.live.Load() }
+
 // current is the generation that is written to.
-func (s *Store) current() *generation { return s.live[0] }
+func (s *Store) current() *generation { return s.generations()[0] }
 
 // generation returns the live generation of this number, or nil.
 func (s *Store) generation(number uint32) *generation {
-	for _, g := range s.live {
+	for _, g := range s.generations() {
 		if g.number == number {
 			return g
 		}
@@ -84,11 +95,12 @@ func (s *Store) generation(number uint32) *generation {
 
 // Open returns the bytes of a blob from offset on, see cas.Store. A blob of at most 512 KiB is
 // verified as a whole before the first byte, whatever the offset. A blob that the index does not
-// know is looked for in every live generation.
+// know is looked for in every live generation; when it is in none, all processes forget it.
 func (s *Store) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
 	r, err := s.open(ctx, d, offset)
 	s.metrics.gets.WithLabelValues(result(err)).Inc()
 	if err != nil {
+		s.suspect(err)
 		return nil, fmt.Errorf("read blob %v: %w", d, err)
 	}
 	return r, nil
@@ -105,7 +117,7 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 	case d.IsImpossible():
 		return nil, cas.ErrNotFound
 	}
-	k := keyOf(d)
+	k, live := keyOf(d), s.generations()
 	e, known := s.index.get(k, d.Size())
 	if known {
 		if g := s.generation(e.generation()); g != nil {
@@ -116,7 +128,7 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 		}
 		s.forget(k, e.generation())
 	}
-	for _, g := range s.live {
+	for _, g := range live {
 		if known && g.number == e.generation() {
 			continue
 		}
@@ -124,6 +136,13 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 		if !errors.Is(err, cas.ErrNotFound) {
 			return r, err
 		}
+	}
+	// Another index may know a blob that this one does not, and promise it to those who could store it
+	// again. That this one knows another size of it speaks for a wrong digest and against a loss.
+	newest := live[0].number
+	wrongSize := !known && e != 0
+	if !wrongSize && e.generation() < newest && s.losses.due(k, time.Now()) {
+		s.forget(k, newest)
 	}
 	return nil, cas.ErrNotFound
 }
@@ -154,6 +173,7 @@ func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
 	case errors.As(err, &fault):
 		return fault.err
 	}
+	s.suspect(err)
 	return fmt.Errorf("store blob %v: %w", d, err)
 }
 
@@ -165,8 +185,8 @@ func (s *Store) put(ctx context.Context, d digest.Digest, r io.Reader) error {
 		return nil
 	case d.IsImpossible():
 		return fmt.Errorf("%w: no content has it", cas.ErrMismatch)
-	case d.Size() > maxChunks*chunkSize:
-		return fmt.Errorf("%w: blobs of more than %d bytes cannot be stored", cas.ErrFull, int64(maxChunks*chunkSize))
+	case d.Size() > maxSize:
+		return fmt.Errorf("%w: blobs of more than %d bytes cannot be stored", cas.ErrFull, int64(maxSize))
 	}
 	if _, known := s.index.get(keyOf(d), d.Size()); known {
 		return nil
@@ -197,7 +217,8 @@ func (s *Store) discard(ctx context.Context, b *bucket, d digest.Digest, sequenc
 	s.forget(keyOf(d), b.generation)
 }
 
-// forget makes everybody forget a blob that this generation does not have.
+// forget makes everybody forget a blob that is in no generation up to this one. Where that is wrong,
+// the blob is uploaded once more.
 func (s *Store) forget(k key, generation uint32) {
 	s.index.forget(k, generation)
 	if !s.news.add(record{k, lostEntry(generation)}) {
@@ -276,7 +297,7 @@ func (s *Store) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 
 // find asks the leaders of the live generations for a blob and adds it to the index.
 func (s *Store) find(ctx context.Context, d digest.Digest) (bool, error) {
-	for _, g := range s.live {
+	for _, g := range s.generations() {
 		b := g.bucket(d)
 		if b == nil {
 			continue
