@@ -153,7 +153,7 @@ func (x *execution) classify(response *repb.ExecuteResponse, ended sandbox.Resul
 		response.Status = failure(code.Code_DEADLINE_EXCEEDED, timeoutMessage).Status
 	case ended.Exceeded != "":
 		x.outcome = outcomeFailed
-		response.Message = "The action was killed: " + ended.Exceeded + "."
+		response.Message = "The action exceeded a limit: " + ended.Exceeded + "."
 	case refused != nil:
 		x.outcome = outcomeRejected
 		response.Status = blame(refused).GetStatus()

@@ -15,7 +15,7 @@ import (
 )
 
 // Adopt takes a finished file into the tier: as a link of the same inode, which becomes read-only
-// and, under root, root's; or else as a copy. The caller vouches that the content has the digest and
+// and, under root, root's; or else, also when it has extended attributes, as a copy. The caller vouches that the content has the digest and
 // that nobody has the file open for writing or will write to it. A file whose size is not the
 // digest's is cas.ErrMismatch. A blob that is held, that is empty or larger than the tier is left
 // alone. Adopting spares a later fetch and nothing else: an error may be ignored.
@@ -52,8 +52,12 @@ func (t *Tier) Adopt(ctx context.Context, d digest.Digest, executable bool, f *o
 }
 
 // own takes the right to write the inode from whoever made it. The owner goes first: it could undo
-// the mode.
+// the mode. An inode with extended attributes is not taken: they would stay, and an access control list
+// is one of them.
 func (t *Tier) own(f *os.File, executable bool) error {
+	if n, err := unix.Flistxattr(int(f.Fd()), nil); n > 0 || err != nil && !errors.Is(err, unix.ENOTSUP) {
+		return fmt.Errorf("%d bytes of extended attributes: %w", n, errors.Join(err, unix.EPERM))
+	}
 	if t.asRoot {
 		if err := f.Chown(0, 0); err != nil {
 			return err

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/castest"
 )
@@ -65,6 +67,36 @@ func TestAdoptFromAnotherFileSystem(t *testing.T) {
 	wrong[0] ^= 1
 	if err := adopt(t.Context(), x, other, wrong, filepath.Join(out, "c")); !errors.Is(err, cas.ErrMismatch) {
 		t.Errorf("Adopt by copy of another content: error %v", err)
+	}
+	x.wantSound(t)
+}
+
+func TestAdoptLeavesExtendedAttributesBehind(t *testing.T) {
+	x := start(t, 64<<20)
+	d, data := castest.Blob(castest.Space(t, ""), 5000)
+	path := x.dst()
+	if err := os.WriteFile(path, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setxattr(path, "user.x", []byte("y"), 0); err != nil {
+		if errors.Is(err, unix.ENOTSUP) {
+			t.Skip("the file system has no extended attributes")
+		}
+		t.Fatal(err)
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(x.Adopt(t.Context(), d, true, f), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	linked := x.link(t, d, true, data)
+	if n, err := unix.Getxattr(linked, "user.x", nil); !errors.Is(err, unix.ENODATA) {
+		t.Errorf("the cached file has %d bytes of user.x, %v", n, err)
+	}
+	if x.opens.Load() != 0 {
+		t.Error("an adopted blob was fetched")
 	}
 	x.wantSound(t)
 }

@@ -1,8 +1,10 @@
 package inputs_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -213,5 +215,59 @@ func BenchmarkPlace1000Files(b *testing.B) {
 	place()
 	for b.Loop() {
 		place()
+	}
+}
+
+func TestDirectoriesOfATreeAreBoundedBeforeTheyAreRead(t *testing.T) {
+	r := newRig(t)
+	root := &repb.Directory{}
+	for i := range 3 {
+		d := r.put(&repb.Directory{Symlinks: []*repb.SymlinkNode{{Name: "l", Target: strings.Repeat(fmt.Sprint(i), 1000)}}})
+		root.Directories = append(root.Directories,
+			&repb.DirectoryNode{Name: fmt.Sprintf("%d", i), Digest: d.Proto()},
+			&repb.DirectoryNode{Name: fmt.Sprintf("%d again", i), Digest: d.Proto()})
+	}
+	// What is known to be too much is not asked for.
+	absent, err := r.space.New(strings.Repeat("ab", 32), 60<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	limits := inputs.DefaultLimits()
+	limits.Directories = 4500
+	if _, err := inputs.NewLoader(r.tier, limits).Load(t.Context(), r.put(root)); err != nil {
+		t.Errorf("three distinct directories of 1000 bytes: %v", err)
+	}
+	root.Directories = append(root.Directories, &repb.DirectoryNode{Name: "absent", Digest: absent.Proto()})
+	_, err = inputs.NewLoader(r.tier, limits).Load(t.Context(), r.put(root))
+	if !errors.Is(err, inputs.ErrInvalid) || !strings.Contains(err.Error(), "exceed 4500 bytes") {
+		t.Errorf("error is %v", err)
+	}
+}
+
+// stalling is a store in which one blob never arrives.
+type stalling struct {
+	cas.Store
+	never digest.Digest
+}
+
+func (s stalling) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	if d == s.never {
+		<-ctx.Done()
+		return nil, context.Cause(ctx)
+	}
+	return s.Store.Open(ctx, d, offset)
+}
+
+// TestDirectoryIsCheckedAsSoonAsItIsRead shows that no message waits for the others of its level.
+func TestDirectoryIsCheckedAsSoonAsItIsRead(t *testing.T) {
+	r := newRig(t)
+	never, bad := r.put(&repb.Directory{}), r.bytes("no directory at all")
+	never = r.put(&repb.Directory{Directories: []*repb.DirectoryNode{{Name: "d", Digest: never.Proto()}}})
+	root := r.put(&repb.Directory{Directories: []*repb.DirectoryNode{
+		{Name: "a", Digest: never.Proto()}, {Name: "b", Digest: bad.Proto()},
+	}})
+	_, err := inputs.NewLoader(stalling{r.store, never}, inputs.DefaultLimits()).Load(t.Context(), root)
+	if !errors.Is(err, inputs.ErrInvalid) || !strings.Contains(err.Error(), bad.Blob()) {
+		t.Errorf("error is %v", err)
 	}
 }

@@ -23,11 +23,13 @@ type Limits struct {
 	Bytes int64
 	// Path is how many bytes the longest path may have.
 	Path int
+	// Directories is how large the distinct Directory messages may be together, in bytes.
+	Directories int64
 }
 
 // DefaultLimits are for machines with some hundred GiB of disk.
 func DefaultLimits() Limits {
-	return Limits{Depth: 512, Nodes: 2_000_000, Bytes: 256 << 30, Path: 3 << 10}
+	return Limits{Depth: 512, Nodes: 2_000_000, Bytes: 256 << 30, Path: 3 << 10, Directories: 1 << 30}
 }
 
 const (
@@ -61,7 +63,11 @@ func (l *Loader) Load(ctx context.Context, root digest.Digest) (*Tree, error) {
 	t := &Tree{root: root, dirs: map[digest.Digest]*directory{}}
 	var missing []digest.Digest
 	known := map[digest.Digest]bool{root: true}
+	size := root.Size()
 	for level := []digest.Digest{root}; len(level) > 0; {
+		if size > l.limits.Directories {
+			return nil, fmt.Errorf("%w: the directories of the input root exceed %d bytes", ErrInvalid, l.limits.Directories)
+		}
 		dirs, err := l.read(ctx, level)
 		if err != nil {
 			return nil, err
@@ -76,6 +82,7 @@ func (l *Loader) Load(ctx context.Context, root digest.Digest) (*Tree, error) {
 			for _, sub := range dir.dirs {
 				if !known[sub.digest] {
 					known[sub.digest] = true
+					size = add(size, sub.digest.Size())
 					next = append(next, sub.digest)
 				}
 			}
@@ -94,7 +101,6 @@ func (l *Loader) Load(ctx context.Context, root digest.Digest) (*Tree, error) {
 // read returns the directories of ds, nil for each that is missing.
 func (l *Loader) read(ctx context.Context, ds []digest.Digest) ([]*directory, error) {
 	dirs := make([]*directory, len(ds))
-	data := make([][]byte, len(ds))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(loadParallel)
 	for i, d := range ds {
@@ -113,23 +119,15 @@ func (l *Loader) read(ctx context.Context, ds []digest.Digest) ([]*directory, er
 			if err != nil {
 				return fmt.Errorf("read directory: %w", err)
 			}
-			data[i] = b
+			if dirs[i], err = parse(d, b); err != nil {
+				return err
+			}
+			l.cache.put(d, dirs[i])
 			return nil
 		}))
 	}
 	if err := g.Wait(); err != nil {
 		return nil, err
-	}
-	for i, b := range data {
-		if b == nil {
-			continue
-		}
-		dir, err := parse(ds[i], b)
-		if err != nil {
-			return nil, err
-		}
-		l.cache.put(ds[i], dir)
-		dirs[i] = dir
 	}
 	return dirs, nil
 }

@@ -59,6 +59,7 @@ type blob struct {
 	path       string
 	executable bool
 	adopt      bool
+	identity   identity // of the file when it was sealed, with adopt
 }
 
 // Close ends the use of the execution root.
@@ -99,7 +100,7 @@ func (c *Collector) collect(ctx context.Context, from Source, out *Collection) e
 		return err
 	}
 	for _, n := range s.files {
-		out.add(n.digest, blob{path: n.path, executable: n.executable, adopt: n.sealed})
+		out.add(n.digest, blob{path: n.path, executable: n.executable, adopt: n.sealed, identity: n.identity})
 	}
 	for i, n := range found {
 		if n == nil {
@@ -137,53 +138,81 @@ func hashAll(ctx context.Context, out *Collection, from Source, files []*node) e
 
 // hashNode seals a file and hashes it.
 func hashNode(ctx context.Context, root *os.File, from Source, n *node) (err error) {
-	entry, err := open(root, n.path, unix.O_PATH)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	entry, err := open(ctx, root, n.path, unix.O_PATH)
 	if err != nil {
 		return err
 	}
 	defer entry.Close() //nolint:errcheck // nothing was written
-	st, err := stat(entry)
-	if err != nil {
+	if err := checkFile(entry, from.UID); err != nil {
 		return err
 	}
-	if from.UID >= 0 && int(st.Uid) != from.UID && st.Mode&unix.S_IROTH == 0 {
-		return fmt.Errorf("%w: %s is a link to a file of another user that the action can't read", ErrRefused, digest.Quote(n.path))
-	}
-	f, err := openFor(root, entry, n.path, 0)
+	f, err := openFor(ctx, root, entry, n.path, 0)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if n.sealed, err = seal(f, st, from.UID, n.executable); err != nil {
+	// What is at the path may be another file by now.
+	if err := checkFile(f, from.UID); err != nil {
+		return err
+	}
+	if n.identity, n.sealed, err = seal(f, from.UID, n.executable); err != nil {
 		return err
 	}
 	n.digest, err = hash(ctx, f, from.Space, n.size)
 	return err
 }
 
-// seal makes f a file that only the worker can write and tells whether it is. Files that the action
-// did not make, such as hard links of cached inputs, stay as they are. A file that somebody has open
-// for writing, for instance an accomplice in another slot who got the descriptor through a socket, is
-// not sealed: the kernel grants no read lease on it.
-func seal(f *os.File, st unix.Stat_t, uid int, executable bool) (bool, error) {
+// checkFile refuses what is not a regular file that the action may read.
+func checkFile(f *os.File, uid int) error {
+	st, err := stat(f)
+	switch {
+	case err != nil:
+		return err
+	case st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return fmt.Errorf("%w: %s was a file and is none any more", ErrRefused, digest.Quote(f.Name()))
+	case uid >= 0 && int(st.Uid) != uid && st.Mode&unix.S_IROTH == 0:
+		return fmt.Errorf("%w: %s is a link to a file of another user that the action can't read", ErrRefused, digest.Quote(f.Name()))
+	}
+	return nil
+}
+
+// seal makes f a file that only the worker can write, and tells whether it is and how to know it again.
+// Files that the action did not make, such as hard links of cached inputs, stay as they are, and so do
+// those with extended attributes, which would outlive the seal and which may be an access control list.
+// A file that somebody has open for writing, for instance an accomplice in another slot who got the
+// descriptor through a socket, is not sealed: the kernel grants no read lease on it.
+func seal(f *os.File, uid int, executable bool) (identity, bool, error) {
+	st, err := stat(f)
+	if err != nil || !isBare(f) {
+		return identity{}, false, err
+	}
 	if uid < 0 {
-		return st.Nlink == 1 && int(st.Uid) == os.Geteuid(), nil
+		return identityOf(st), st.Nlink == 1 && int(st.Uid) == os.Geteuid(), nil
 	}
 	if int(st.Uid) != uid {
-		return false, nil
+		return identity{}, false, nil
 	}
 	mode := os.FileMode(0o444)
 	if executable {
 		mode = 0o555
 	}
-	if err := errors.Join(f.Chown(0, 0), f.Chmod(mode)); err != nil {
-		return false, err
+	// The mode goes first so that another output which is a link of the same file is readable at any time.
+	if err := errors.Join(f.Chmod(mode), f.Chown(0, 0)); err != nil {
+		return identity{}, false, err
 	}
 	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_RDLCK); err != nil {
-		return false, nil //nolint:nilerr // no lease is the answer
+		return identity{}, false, nil //nolint:nilerr // no lease is the answer
 	}
-	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK)
-	return err == nil, nil
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
+		return identity{}, false, nil //nolint:nilerr // as above
+	}
+	if st, err = stat(f); err != nil {
+		return identity{}, false, err
+	}
+	return identityOf(st), st.Uid == 0 && st.Mode&0o7777 == uint32(mode) && isBare(f), nil
 }
 
 func hash(ctx context.Context, f *os.File, space digest.Space, size int64) (digest.Digest, error) {

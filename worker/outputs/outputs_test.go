@@ -186,7 +186,7 @@ func TestNothingOutsideTheRootIsRead(t *testing.T) {
 
 func TestSpecialFilesAndLimitsAreRefused(t *testing.T) {
 	r := newRig(t)
-	r.collector.Limits = outputs.Limits{Nodes: 100, Bytes: 1 << 20, Depth: 10}
+	r.collector.Limits = outputs.Limits{Nodes: 100, Bytes: 1 << 20, Depth: 10, Names: 1 << 20}
 	fifo := filepath.Join(r.root, "fifo/pipe")
 	if err := errors.Join(os.Mkdir(filepath.Dir(fifo), 0o755), syscall.Mkfifo(fifo, 0o644)); err != nil {
 		t.Fatal(err)

@@ -22,10 +22,13 @@ type Limits struct {
 	Nodes int64 // files, directories and symbolic links together
 	Bytes int64 // of all files together, by their size rather than by what they take on disk
 	Depth int   // of directories inside one another
+	Names int64 // bytes of all paths, from the execution root, and targets of symbolic links together
 }
 
 // DefaultLimits are generous.
-func DefaultLimits() Limits { return Limits{Nodes: 1_000_000, Bytes: 64 << 30, Depth: 256} }
+func DefaultLimits() Limits {
+	return Limits{Nodes: 1_000_000, Bytes: 64 << 30, Depth: 256, Names: 256 << 20}
+}
 
 // maxOpen is the longest path that can be opened.
 const maxOpen = 4000
@@ -38,6 +41,7 @@ type node struct {
 	executable bool
 	digest     digest.Digest // of a file, once it is hashed
 	sealed     bool          // nobody but the worker can write the file any more
+	identity   identity      // of a sealed file
 	target     string        // of a symbolic link
 	kind       uint32        // S_IFREG, S_IFDIR or S_IFLNK
 	children   []*node       // of a directory, sorted by name
@@ -48,6 +52,7 @@ type scanner struct {
 	limits Limits
 	nodes  int64
 	bytes  int64
+	names  int64
 	files  []*node
 }
 
@@ -59,7 +64,7 @@ func (s *scanner) scan(ctx context.Context, path string, depth int) (*node, erro
 	if err := s.count(path, depth); err != nil {
 		return nil, err
 	}
-	entry, err := open(s.root, path, unix.O_PATH)
+	entry, err := open(ctx, s.root, path, unix.O_PATH)
 	if err != nil {
 		if isAbsent(err) {
 			return nil, nil //nolint:nilnil // nothing is there, and that is no error
@@ -82,6 +87,9 @@ func (s *scanner) scan(ctx context.Context, path string, depth int) (*node, erro
 		if n.target, err = readlink(entry); err != nil {
 			return nil, err
 		}
+		if s.names += int64(len(n.target)); s.names > s.limits.Names {
+			return nil, s.tooLong(path)
+		}
 		if !utf8.ValidString(n.target) {
 			return nil, fmt.Errorf("%w: the target of the symbolic link %s is not UTF-8: %s", ErrRefused, digest.Quote(path), digest.Quote(n.target))
 		}
@@ -95,7 +103,10 @@ func (s *scanner) scan(ctx context.Context, path string, depth int) (*node, erro
 
 func (s *scanner) count(path string, depth int) error {
 	s.nodes++
+	s.names += int64(len(path))
 	switch {
+	case s.names > s.limits.Names:
+		return s.tooLong(path)
 	case s.nodes > s.limits.Nodes:
 		return s.tooMany(path)
 	case depth > s.limits.Depth:
@@ -110,8 +121,12 @@ func (s *scanner) tooMany(path string) error {
 	return fmt.Errorf("%w: output limit of %d files, directories and symbolic links exceeded at %s", ErrRefused, s.limits.Nodes, digest.Quote(path))
 }
 
+func (s *scanner) tooLong(path string) error {
+	return fmt.Errorf("%w: output limit of %d bytes in paths and symbolic links exceeded at %s", ErrRefused, s.limits.Names, digest.Quote(path))
+}
+
 func (s *scanner) children(ctx context.Context, entry *os.File, path string, depth int) ([]*node, error) {
-	names, err := s.names(entry, path)
+	names, err := s.list(ctx, entry, path)
 	if err != nil {
 		return nil, err
 	}
@@ -137,17 +152,24 @@ func (s *scanner) children(ctx context.Context, entry *os.File, path string, dep
 	return children, nil
 }
 
-// names lists a directory, sorted by bytes.
-func (s *scanner) names(entry *os.File, path string) ([]string, error) {
-	dir, err := openFor(s.root, entry, path, unix.O_DIRECTORY)
+// list returns the names in a directory, sorted by bytes.
+func (s *scanner) list(ctx context.Context, entry *os.File, path string) ([]string, error) {
+	dir, err := openFor(ctx, s.root, entry, path, unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close() //nolint:errcheck // nothing was written
 	var names []string
+	size := s.names
 	for {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
 		some, err := dir.Readdirnames(4096)
 		names = append(names, some...)
+		for _, name := range some {
+			size += int64(len(name))
+		}
 		if len(some) == 0 {
 			break
 		}
@@ -156,6 +178,9 @@ func (s *scanner) names(entry *os.File, path string) ([]string, error) {
 		}
 		if int64(len(names)) > s.limits.Nodes {
 			return nil, s.tooMany(path)
+		}
+		if size > s.limits.Names {
+			return nil, s.tooLong(path)
 		}
 	}
 	slices.Sort(names)

@@ -39,7 +39,8 @@ type Result struct {
 	ExitCode int
 	// TimedOut says that the command was killed because of Spec.Timeout.
 	TimedOut bool
-	// Exceeded names the limit other than the timeout because of which the command was killed, or is "".
+	// Exceeded says which limit other than the timeout the command exceeded, or is "". The command was
+	// killed for it unless it ended sooner.
 	Exceeded string
 	// Started is when the command began, Duration how long it ran by the monotonic clock, which is also
 	// what the timeout counts.
@@ -131,7 +132,11 @@ func (s *Slot) Run(ctx context.Context, spec Spec) (Result, error) {
 		return Result{}, err
 	}
 	r := Result{ExitCode: code, Started: e.started, Duration: duration}
-	switch why := e.killed(); {
+	why := e.killed()
+	if why == nil {
+		why = e.overLimit() // between the last look and the end
+	}
+	switch {
 	case why == nil:
 	case errors.Is(why, errTimeout):
 		r.TimedOut = true

@@ -215,6 +215,53 @@ func TestExecutableIsResolvedAsREAPISays(t *testing.T) {
 	})
 }
 
+func TestSearchGoesOnAfterADirectoryThatTheUserCannotEnter(t *testing.T) {
+	inEveryMode(t, func(r *rig) {
+		t := r.t
+		for dir, mode := range map[string]os.FileMode{"closed": 0o700, "bin": 0o755} {
+			path := filepath.Join(r.root, dir)
+			script := []byte("#!/bin/sh\necho " + dir + "\n")
+			if err := errors.Join(os.Mkdir(path, 0o755), os.WriteFile(path+"/tool", script, 0o755), os.Chmod(path, mode)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want := "bin"
+		if !r.pool.Protects() {
+			want = "closed" // the user is the worker's
+		}
+		s := r.spec("tool")
+		s.Env = []string{"PATH=closed:bin"}
+		r.run(s)
+		if got := strings.TrimSpace(output(t, s.Stdout)); got != want {
+			t.Errorf("ran %q, want %q", got, want)
+		}
+		s = r.spec("tool")
+		s.Env = []string{"PATH=closed"}
+		_, err := r.slot.Run(t.Context(), s)
+		if spawn, ok := errors.AsType[*sandbox.SpawnError](err); ok != r.pool.Protects() || ok && !errors.Is(spawn, syscall.EACCES) {
+			t.Errorf("error is %v", err)
+		}
+	})
+}
+
+func TestCommandThatEndsBeforeItsOutputIsLookedAt(t *testing.T) {
+	inEveryMode(t, func(r *rig) {
+		t := r.t
+		for script, want := range map[string]string{
+			"echo 0123456789; exit 3":            "standard output exceeds the limit of 10 bytes",
+			"echo 0123456789 >&2; exit 3":        "standard error exceeds the limit of 10 bytes",
+			"echo 012345678; exit 3":             "",
+			"echo 0; echo 012345678; kill -9 $$": "standard output exceeds the limit of 10 bytes",
+		} {
+			s := r.sh(script)
+			s.MaxOutput = 10
+			if res := r.run(s); res.Exceeded != want || res.TimedOut || res.ExitCode == 0 {
+				t.Errorf("%s: %+v", script, res)
+			}
+		}
+	})
+}
+
 func TestWhatCannotStartIsASpawnError(t *testing.T) {
 	inEveryMode(t, func(r *rig) {
 		t := r.t

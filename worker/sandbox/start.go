@@ -36,7 +36,7 @@ func (s *Slot) start(spec Spec) (*os.Process, error) {
 	}
 	dir := filepath.Join(root, filepath.FromSlash(spec.Dir))
 	env := s.environment(spec)
-	name, err := find(spec.Args[0], dir, env)
+	names, err := find(spec.Args[0], dir, env)
 	if err != nil {
 		return nil, err
 	}
@@ -54,7 +54,18 @@ func (s *Slot) start(spec Spec) (*os.Process, error) {
 	if s.uid >= 0 {
 		attr.Sys.Credential = &syscall.Credential{Uid: uint32(s.uid), Gid: uint32(s.uid)} //nolint:gosec // not negative here
 	}
-	return spawn(name, spec.Args, attr)
+	return spawnFirst(names, spec.Args, attr)
+}
+
+// spawnFirst starts the first executable that the command's user can reach, which is not known before:
+// the worker may enter directories that the user may not.
+func spawnFirst(names, args []string, attr *os.ProcAttr) (proc *os.Process, err error) {
+	for _, name := range names {
+		if proc, err = spawn(name, args, attr); !errors.Is(err, unix.EACCES) {
+			return proc, err
+		}
+	}
+	return nil, err
 }
 
 // spawn starts a process. A file that is just being written in another thread's child, between its
@@ -109,12 +120,14 @@ func lookup(env []string, name string) (string, bool) {
 	return "", false
 }
 
-// find resolves the name of an executable as the command's own shell would do it in dir. What has a
-// slash is left for execve, which looks at it from dir.
-func find(name, dir string, env []string) (string, error) {
+// find resolves the name of an executable as the command's own shell would do it in dir, and returns
+// what PATH has of that name, at least one. What has a slash is left for execve, which looks at it from
+// dir.
+func find(name, dir string, env []string) ([]string, error) {
 	if strings.Contains(name, "/") {
-		return name, nil
+		return []string{name}, nil
 	}
+	var found []string
 	value, _ := lookup(env, "PATH")
 	for element := range strings.SplitSeq(value, ":") {
 		candidate := path.Join(element, name)
@@ -126,10 +139,13 @@ func find(name, dir string, env []string) (string, error) {
 			at = filepath.Join(dir, at)
 		}
 		if info, err := os.Stat(at); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o111 != 0 {
-			return candidate, nil
+			found = append(found, candidate)
 		}
 	}
-	return "", &SpawnError{Path: name, Err: fmt.Errorf("%w in PATH %q", fs.ErrNotExist, value)}
+	if len(found) > 0 {
+		return found, nil
+	}
+	return nil, &SpawnError{Path: name, Err: fmt.Errorf("%w in PATH %q", fs.ErrNotExist, value)}
 }
 
 // exitCode is the status as a shell says it.
