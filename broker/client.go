@@ -94,12 +94,20 @@ func (c *Client) Ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 	defer cancel()
 	if !c.nc.IsConnected() {
-		return fmt.Errorf("%w: the connection to nats is %v (last error: %v)", ErrUnavailable, c.nc.Status(), c.nc.LastError())
+		return fmt.Errorf("%w: the connection to nats is %v: %w", ErrUnavailable, c.nc.Status(), orNone(c.nc.LastError()))
 	}
 	if _, err := c.js.AccountInfo(ctx); err != nil {
 		return unavailable(err)
 	}
 	return nil
+}
+
+// orNone stands in for an error that the library does not remember.
+func orNone(err error) error {
+	if err == nil {
+		return errors.New("no error yet")
+	}
+	return err
 }
 
 // missed wakes every watcher to read its record again: messages may have passed unseen.

@@ -238,12 +238,12 @@ func (p *proxy) resume() {
 }
 
 func (p *proxy) close() {
-	p.listener.Close() //nolint:errcheck // the test is over
+	p.listener.Close()
 	p.resume()
 	p.mu.Lock()
 	for _, c := range p.conns {
-		c.Close() //nolint:errcheck // the test is over
+		c.Close()
 	}
 	p.mu.Unlock()
-	_ = p.group.Wait()
+	p.group.Wait() //nolint:errcheck // connections that the test has closed
 }

@@ -103,7 +103,7 @@ const minBytes = 16 << 20
 
 // openBucket makes or updates the stream: a key-value bucket as other clients know it, but that the
 // oldest entries give way.
-func openBucket(ctx context.Context, js jetstream.JetStream, cfg Config) (jetstream.Stream, error) {
+func openBucket(ctx context.Context, js jetstream.JetStream, cfg Config) (jetstream.Stream, error) { //nolint:ireturn // the library has no type for it
 	for size := cfg.MaxBytes; ; size /= 4 {
 		stream, err := createBucket(ctx, js, cfg.Replicas, size)
 		if err == nil {
@@ -116,7 +116,7 @@ func openBucket(ctx context.Context, js jetstream.JetStream, cfg Config) (jetstr
 	}
 }
 
-func createBucket(ctx context.Context, js jetstream.JetStream, replicas int, size int64) (jetstream.Stream, error) {
+func createBucket(ctx context.Context, js jetstream.JetStream, replicas int, size int64) (jetstream.Stream, error) { //nolint:ireturn // the library has no type for it
 	return js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 		Name:              "KV_" + bucket,
 		Description:       "jetfarm action cache",
