@@ -42,6 +42,8 @@ arch: ## check the import rules, go statements and package comments
 	$(GO) test -run '^TestArchitecture' ./integration
 
 unit: ## run all Go tests, those with a real Bazel included
+	@if [ "$$(id -u)" -ne 0 ]; then echo 'not root: the tests of actions that run as users of their own are skipped'; \
+	elif ! unshare --mount --ipc true 2>/dev/null; then echo 'no CAP_SYS_ADMIN: the tests of the isolation "namespaces" are skipped'; fi
 	$(GO) test -race -shuffle=on -timeout=15m ./...
 
 lint: ## run golangci-lint; the first run builds it, which takes minutes

@@ -35,6 +35,13 @@ func (r *remover) remove(parent *os.File, name string, depth int) error {
 	if !errors.Is(err, unix.EISDIR) {
 		return unlessGone(err)
 	}
+	if os.Geteuid() != 0 {
+		// A worker that is not root is the user who made the tree, and needs the rights to it that the
+		// owner may have taken away.
+		if err := unix.Fchmodat(int(parent.Fd()), name, 0o700, 0); err != nil {
+			return unlessGone(err)
+		}
+	}
 	if depth == removeDepth {
 		return unlessGone(unix.Renameat(int(parent.Fd()), name, int(r.top.Fd()), r.fresh()))
 	}
@@ -76,15 +83,9 @@ func (r *remover) empty(dir *os.File, depth int) error {
 	}
 }
 
-// openDirAt opens a directory to be emptied. One that its owner may not enter is opened to a worker
-// that is not root by changing its mode first; it is then the same user as the one who made the tree.
+// openDirAt opens a directory to be emptied.
 func openDirAt(parent *os.File, name string) (*os.File, error) {
 	const flags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	if os.Geteuid() != 0 {
-		if err := unix.Fchmodat(int(parent.Fd()), name, 0o700, 0); err != nil {
-			return nil, err
-		}
-	}
 	fd, err := unix.Openat(int(parent.Fd()), name, flags, 0)
 	if err != nil {
 		return nil, err
