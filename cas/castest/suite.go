@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"strconv"
 	"testing"
 	"time"
 
@@ -68,8 +69,14 @@ func Space(t testing.TB, instance string) digest.Space {
 	return s
 }
 
-// Blob returns bytes that nothing else in the test process has, and their digest. Every other half
-// KiB of them is compressible.
+// unused is a key space in which nothing else in the test process puts blobs.
+func unused(t testing.TB) digest.Space {
+	t.Helper()
+	return Space(t, "unused/"+strconv.FormatUint(rand.Uint64(), 36))
+}
+
+// Blob returns bytes that nothing else in the test process has, unless they are only a few, and their
+// digest. Every other half KiB of them is compressible.
 func Blob(space digest.Space, size int) (digest.Digest, []byte) {
 	data := make([]byte, size, size+8)
 	var seed [32]byte

@@ -54,8 +54,9 @@ func testWrongSize(t *testing.T, s cas.Store) {
 }
 
 func testMismatch(t *testing.T, s cas.Store) {
+	space := unused(t) // the shortest blobs are not unique
 	for _, size := range sizes() {
-		d, data := Blob(Space(t, ""), size)
+		d, data := Blob(space, size)
 		flipped := bytes.Clone(data)
 		flipped[size-1] ^= 1
 		first := bytes.Clone(data)
@@ -95,9 +96,10 @@ func testEndlessSource(t *testing.T, s cas.Store) {
 
 func testSourceFails(t *testing.T, s cas.Store) {
 	broken := errors.New("the source failed")
+	space := unused(t) // the shortest blobs are not unique
 	for _, fail := range []error{broken, io.ErrUnexpectedEOF} {
 		for _, size := range sizes() {
-			d, data := Blob(Space(t, ""), size)
+			d, data := Blob(space, size)
 			for _, n := range []int{0, size / 2, size} {
 				err := s.Put(t.Context(), d, io.MultiReader(bytes.NewReader(data[:n]), iotest.ErrReader(fail)))
 				if err != fail { //nolint:errorlint // As it is.
