@@ -21,6 +21,8 @@ var (
 	ErrMismatch = errors.New("content does not match its digest")
 	// ErrFull reports a store with no room left for the blob.
 	ErrFull = errors.New("storage is full")
+	// ErrNotKept reports an upload that cannot go on at the offset it asked for, see Resumer.
+	ErrNotKept = errors.New("that part of the upload is not kept")
 	// ErrUnavailable reports a store that did not answer in time or lost its connection. The call
 	// may be repeated.
 	ErrUnavailable = errors.New("storage unavailable")

@@ -28,7 +28,11 @@ func (s *Store) putSmall(ctx context.Context, d digest.Digest, r io.Reader) erro
 		return fmt.Errorf("%w: the bytes have another hash", cas.ErrMismatch)
 	}
 
-	b := s.current().bucket(d)
+	b, done, err := s.place(ctx, d, d.Size())
+	if err != nil {
+		return err
+	}
+	defer done()
 	if err := b.budget.Acquire(ctx, d.Size()); err != nil {
 		return ended(ctx)
 	}

@@ -40,7 +40,11 @@ type sent struct {
 
 // putLarge stores a blob of more than one chunk.
 func (s *Store) putLarge(ctx context.Context, d digest.Digest, r io.Reader) error {
-	b := s.current().bucket(d)
+	b, done, err := s.place(ctx, d, d.Size())
+	if err != nil {
+		return err
+	}
+	defer done()
 	if _, err := s.findObject(ctx, b, d, false); err == nil {
 		s.index.set(keyOf(d), newEntry(b, d.Size()))
 		return nil
@@ -48,7 +52,7 @@ func (s *Store) putLarge(ctx context.Context, d digest.Digest, r io.Reader) erro
 		return err
 	}
 	u := upload{store: s, bucket: b, digest: d, nuid: tail(d) + "." + nuid.Next(), hash: d.Space().Function().New()}
-	err := u.send(ctx, r)
+	err = u.send(ctx, r)
 	if err == nil {
 		err = u.commit(ctx)
 	}
