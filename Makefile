@@ -8,7 +8,7 @@ BENCHTIME  ?= 1s
 COUNT      ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench clean
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ fuzz: ## run every fuzz test for FUZZTIME (5s)
 
 bench: ## run the benchmarks: BENCH=regexp BENCHTIME=1s COUNT=1; compare runs with benchstat
 	$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -count $(COUNT) -benchmem ./...
+
+bench-cas: ## run the benchmarks of the storage through a real farm, see docs/PERFORMANCE.md
+	$(GO) test -run '^$$' -bench 'FindMissing|Batch|ByteStream|ActionResult|SmallRead' -benchtime $(BENCHTIME) -count $(COUNT) ./integration
+
+soak-kills: ## kill broker and frontend at 50 random points of uploads, takes two minutes
+	JETFARM_KILLS=50 $(GO) test -run '^TestBlobsAreWholeAfterKills$$' -v ./integration
 
 clean: ## remove what build made
 	rm -rf bin
