@@ -47,9 +47,12 @@ func (c stallContext) Err() error {
 	return err
 }
 
-// interceptUnary is the outermost handler of unary calls: metrics, log, and errors to statuses.
+// interceptUnary is the outermost handler of unary calls: metrics, log, the instance, and errors to statuses.
 func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	end := s.begin(info.FullMethod)
+	if err := s.cfg.Instances.checkRequest(req); err != nil {
+		return nil, end(ctx, err)
+	}
 	resp, err := handler(ctx, req)
 	return resp, end(ctx, err)
 }
@@ -57,7 +60,7 @@ func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnarySe
 // interceptStream is the same for streams, and bounds how long each message may take.
 func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	end := s.begin(info.FullMethod)
-	guarded := &guardedStream{ServerStream: stream, bound: s.cfg.Limits.Stall}
+	guarded := &guardedStream{ServerStream: stream, bound: s.cfg.Limits.Stall, instances: s.cfg.Instances}
 	if guard, ok := stream.Context().Value(callGuardKey{}).(*callGuard); ok {
 		guarded.timer = time.AfterFunc(time.Hour, func() {
 			s.metrics.stalls.Inc()
@@ -74,17 +77,21 @@ func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.S
 // handlers of this package it is used by one goroutine.
 type guardedStream struct {
 	grpc.ServerStream
-	bound time.Duration
-	timer *time.Timer // nil without a guard
+	bound     time.Duration
+	timer     *time.Timer // nil without a guard
+	instances Instances
 }
 
-// RecvMsg implements grpc.ServerStream.
+// RecvMsg implements grpc.ServerStream. A message for an instance that is not served is an error.
 func (g *guardedStream) RecvMsg(m any) error {
 	if g.timer != nil {
 		g.timer.Reset(g.bound)
 		defer g.timer.Stop()
 	}
-	return g.ServerStream.RecvMsg(m)
+	if err := g.ServerStream.RecvMsg(m); err != nil {
+		return err
+	}
+	return g.instances.checkRequest(m)
 }
 
 // SendMsg implements grpc.ServerStream.

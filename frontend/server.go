@@ -37,6 +37,8 @@ type Config struct {
 	// AllowActionCacheUpdates lets clients write the action cache. Results that clients write are
 	// believed by everyone, so the default is that only workers write.
 	AllowActionCacheUpdates bool
+	// Instances are the instance names that are served; nil serves every one.
+	Instances Instances
 	// ExecEnabled offers remote execution; without it the farm is a cache.
 	ExecEnabled bool
 }

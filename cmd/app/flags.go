@@ -16,6 +16,7 @@ import (
 
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cmd/run"
+	"github.com/jetfarm/jetfarm/frontend"
 )
 
 // size is a number of bytes that is written with a unit, as in 10GiB or 500MB.
@@ -104,8 +105,17 @@ const (
 
 // serveFlags are those of a role that serves the API.
 type serveFlags struct {
-	GRPC               string `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
-	ActionCacheUpdates bool   `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
+	GRPC               string   `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
+	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
+	Instance           []string `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
+}
+
+// checkInstances reports names that no request can have.
+func (f *serveFlags) checkInstances() error {
+	if err := frontend.Instances(f.Instance).Validate(); err != nil {
+		return run.UsageError{Err: fmt.Errorf("--instance: %w", err)}
+	}
+	return nil
 }
 
 // httpFlags are those of a role with an HTTP port.

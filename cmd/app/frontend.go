@@ -24,7 +24,7 @@ type Frontend struct {
 }
 
 func (f *Frontend) validate() error {
-	errs := []error{checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas)}
+	errs := []error{checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas), f.checkInstances()}
 	if f.DrainTimeout < 0 {
 		errs = append(errs, run.UsageError{Err: errors.New("--drain-timeout is negative")})
 	}
@@ -73,7 +73,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 func newFrontend(p *process, farm *farm, flags serveFlags, execute bool) *frontend.Server {
 	cfg := frontend.Config{
 		Blobs: farm.blobs, Actions: farm.actions, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
-		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute,
+		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, Instances: flags.Instance,
 	}
 	return frontend.New(cfg)
 }

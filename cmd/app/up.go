@@ -28,7 +28,7 @@ const lastGrace = 2 * time.Second
 
 func (u *Up) run(ctx context.Context, p *process) error {
 	platform, err := u.validate()
-	err = errors.Join(err, checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen}))
+	err = errors.Join(err, checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen}), u.checkInstances())
 	if err != nil {
 		return err
 	}
