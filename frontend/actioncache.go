@@ -18,7 +18,7 @@ import (
 // actionCache serves ActionCache.
 type actionCache struct {
 	repb.UnimplementedActionCacheServer
-	actions *actioncache.Cache
+	actions actioncache.Results
 	blobs   cas.Store
 	inline  *inliner
 	limits  Limits
@@ -47,7 +47,7 @@ func (a *actionCache) GetActionResult(ctx context.Context, req *repb.GetActionRe
 }
 
 // lookup asks the action cache and counts the answer.
-func lookup(ctx context.Context, actions *actioncache.Cache, action digest.Digest, metrics *metrics) (*repb.ActionResult, error) {
+func lookup(ctx context.Context, actions actioncache.Results, action digest.Digest, metrics *metrics) (*repb.ActionResult, error) {
 	result, err := actions.Get(ctx, action)
 	switch {
 	case err == nil:

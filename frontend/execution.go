@@ -24,14 +24,15 @@ import (
 // up again: nothing about it is kept here.
 type execution struct {
 	repb.UnimplementedExecutionServer
-	broker  *broker.Client
-	actions *actioncache.Cache
-	blobs   cas.Store
-	answers *answers
-	waiters *waiters
-	limits  Limits
-	metrics *metrics
-	enabled bool
+	broker   *broker.Client
+	actions  actioncache.Results
+	blobs    cas.Store
+	answers  *answers
+	waiters  *waiters
+	limits   Limits
+	metrics  *metrics
+	enabled  bool
+	executed func(action digest.Digest)
 }
 
 // operationStream is an Execute or WaitExecution stream.
@@ -240,6 +241,9 @@ func (e *execution) follow(ctx context.Context, stream operationStream, states i
 			return err
 		}
 		if op.Done() {
+			if e.executed != nil {
+				e.executed(op.Action)
+			}
 			return nil
 		}
 	}

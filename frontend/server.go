@@ -22,14 +22,18 @@ import (
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
 // Config says what a Server serves. Blobs, Actions, Broker and Log are required.
 type Config struct {
 	Blobs   cas.Store
-	Actions *actioncache.Cache
+	Actions actioncache.Results
 	Broker  *broker.Client
 	Log     *slog.Logger
+	// Executed is told each action whose operation a client has followed to a result; nil tells nobody.
+	// It must not block.
+	Executed func(action digest.Digest)
 	// Registerer gets the metrics; nil keeps them private.
 	Registerer prometheus.Registerer
 	// Limits that are zero take their defaults; Limits.Validate tells those that cannot work.
@@ -84,7 +88,7 @@ func (s *Server) register() {
 	})
 	repb.RegisterExecutionServer(s.grpc, &execution{
 		broker: cfg.Broker, actions: cfg.Actions, blobs: cfg.Blobs, answers: ans, waiters: s.waiters,
-		limits: limits, metrics: s.metrics, enabled: cfg.ExecEnabled,
+		limits: limits, metrics: s.metrics, enabled: cfg.ExecEnabled, executed: cfg.Executed,
 	})
 	longrunningpb.RegisterOperationsServer(s.grpc, &operations{broker: cfg.Broker, answers: ans, limits: limits})
 	healthpb.RegisterHealthServer(s.grpc, s.health)

@@ -25,6 +25,14 @@ var (
 	ErrInvalid = errors.New("invalid action result")
 )
 
+// Results is an action cache: a Cache, or what wraps one. Get and Put are as those of a Cache.
+type Results interface {
+	Get(ctx context.Context, action digest.Digest) (*repb.ActionResult, error)
+	Put(ctx context.Context, action digest.Digest, result *repb.ActionResult) error
+}
+
+var _ Results = (*Cache)(nil)
+
 // MissingError reports a result that names blobs the CAS does not have.
 type MissingError struct {
 	// Missing is not empty and may not be complete: what is named by an absent blob is not known.

@@ -109,13 +109,19 @@ func (o outputs) symlinks(links []*repb.OutputSymlink) error {
 	return nil
 }
 
-// complete checks that a result is well formed and that every blob it names is present. The error
-// wraps ErrInvalid or ErrTooLarge, is a *MissingError or comes from the store.
+// complete is Complete on the cache's own blobs.
 func (c *Cache) complete(ctx context.Context, space digest.Space, result *repb.ActionResult) error {
+	return Complete(ctx, c.blobs, space, result)
+}
+
+// Complete checks that a result is well formed and that every blob it names is present in blobs, of
+// which it asks Confirm and reads the output directories. The error wraps ErrInvalid or ErrTooLarge,
+// is a *MissingError or comes from the store.
+func Complete(ctx context.Context, blobs cas.Store, space digest.Space, result *repb.ActionResult) error {
 	if err := validate(result); err != nil {
 		return err
 	}
-	n := &named{space: space, blobs: c.blobs}
+	n := &named{space: space, blobs: blobs}
 	for _, f := range result.GetOutputFiles() {
 		if err := n.add(ctx, f.GetDigest(), "output file", f.GetPath()); err != nil {
 			return err
