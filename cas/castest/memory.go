@@ -17,7 +17,10 @@ type Memory struct {
 	blobs map[digest.Digest][]byte
 }
 
-var _ cas.Store = (*Memory)(nil)
+var (
+	_ cas.Store = (*Memory)(nil)
+	_ cas.Sizer = (*Memory)(nil)
+)
 
 // NewMemory returns a store that holds nothing.
 func NewMemory() *Memory { return &Memory{blobs: make(map[digest.Digest][]byte)} }
@@ -70,6 +73,21 @@ func (m *Memory) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Dige
 		}
 	}
 	return missing, nil
+}
+
+// Size implements cas.Sizer.
+func (m *Memory) Size(ctx context.Context, space digest.Space, hash string) (int64, error) {
+	if ctx.Err() != nil {
+		return 0, context.Cause(ctx)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for d := range m.blobs {
+		if d.Space() == space && d.Hash() == hash {
+			return d.Size(), nil
+		}
+	}
+	return 0, fmt.Errorf("%w: none has the hash %s", cas.ErrNotFound, hash)
 }
 
 // Remove makes a blob absent.

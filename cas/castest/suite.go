@@ -42,6 +42,7 @@ func Run(t *testing.T, open func(testing.TB) cas.Store) {
 		{"SourceFails", testSourceFails},
 		{"PutAgain", testPutAgain},
 		{"MissingOrder", testMissingOrder},
+		{"Sizer", testSizer},
 		{"DoneContext", testDoneContext},
 		{"ContextEndsDuringRead", testContextEndsDuringRead},
 		{"ContextEndsDuringPut", testContextEndsDuringPut},
