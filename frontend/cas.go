@@ -240,6 +240,11 @@ func (c *content) fetch(ctx context.Context, space digest.Space, asked []*repb.D
 		if read == nil {
 			read = &blobRead{}
 			known[d] = read
+			if data, ok := cas.Peek(c.blobs, d); ok {
+				read.data = data
+				reads[i] = read
+				continue // A goroutine would cost more than the blob.
+			}
 			if ctx.Err() != nil {
 				break
 			}

@@ -15,6 +15,7 @@ type Up struct {
 	serveFlags     `embed:""`
 	executionFlags `embed:""`
 	httpFlags      `embed:""`
+	memoryFlags    `embed:""`
 	Data           string `help:"Directory of everything the farm keeps. Default: the user's state directory." type:"path" placeholder:"DIR"`
 	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Listen         string `help:"Address at which more workers, frontends and NATS tools reach the embedded NATS server." default:"127.0.0.1:0"`
@@ -27,8 +28,9 @@ type Up struct {
 const lastGrace = 2 * time.Second
 
 func (u *Up) run(ctx context.Context, p *process) error {
-	platform, err := u.validate()
-	err = errors.Join(err, checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen}), u.checkInstances())
+	platform, err := u.executionFlags.validate()
+	addresses := checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen})
+	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate())
 	if err != nil {
 		return err
 	}
@@ -64,7 +66,11 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer executor.close(context.WithoutCancel(ctx), p)
-	api := newFrontend(p, farm, u.serveFlags, true)
+	blobs, err := u.remember(farm, farm.blobs)
+	if err != nil {
+		return err
+	}
+	api := newFrontend(p, farm, blobs, u.serveFlags, true)
 	handler := run.Probes(run.ProbeConfig{Ready: api.Ready, Gatherer: farm.metrics, Pprof: u.Pprof})
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, api, handler, lastGrace, func(ctx context.Context) error {

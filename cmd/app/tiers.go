@@ -1,0 +1,91 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/disk"
+	"github.com/jetfarm/jetfarm/cas/memory"
+	"github.com/jetfarm/jetfarm/cmd/run"
+)
+
+// memoryFlags are those of a role that keeps small blobs in memory.
+type memoryFlags struct {
+	MemoryCache size `help:"Bytes of small blobs kept in memory; 0 keeps none." default:"256MiB"`
+}
+
+// minMemoryCache has room for some of the largest blobs that are kept in memory.
+const minMemoryCache = 1 << 20
+
+func (f *memoryFlags) validate() error {
+	if f.MemoryCache != 0 && f.MemoryCache < minMemoryCache {
+		return run.UsageError{Err: fmt.Errorf("--memory-cache %d bytes is less than %s and not 0", f.MemoryCache, humanize.IBytes(minMemoryCache))}
+	}
+	return nil
+}
+
+// remember puts a memory tier before a store.
+func (f *memoryFlags) remember(farm *farm, blobs cas.Store) (cas.Store, error) {
+	if f.MemoryCache == 0 {
+		return blobs, nil
+	}
+	return memory.New(memory.Config{MaxBytes: int64(f.MemoryCache), Source: blobs, Registerer: farm.metrics})
+}
+
+// frontendTier is a frontend's disk tier, or none.
+type frontendTier struct {
+	disk *disk.Tier
+}
+
+// openFrontendTier opens the disk tier of a frontend below data, when there is to be one.
+func openFrontendTier(ctx context.Context, p *process, farm *farm, data string, maxBytes size) (*frontendTier, error) {
+	if data == "" || maxBytes == 0 {
+		return &frontendTier{}, nil
+	}
+	data, err := filepath.Abs(data)
+	if err != nil {
+		return nil, err
+	}
+	tier, err := disk.Open(ctx, disk.Config{
+		Dir: filepath.Join(data, "frontend", "cache"), MaxBytes: int64(maxBytes), Source: farm.blobs, Log: p.log, Registerer: farm.metrics,
+	})
+	return &frontendTier{disk: tier}, err
+}
+
+// store is what the frontend reads from.
+func (t *frontendTier) store(farm *farm) cas.Store {
+	if t.disk == nil {
+		return farm.blobs
+	}
+	return t.disk
+}
+
+func (t *frontendTier) services() []func(context.Context) error {
+	if t.disk == nil {
+		return nil
+	}
+	return []func(context.Context) error{t.disk.Run}
+}
+
+// close gives the directory free.
+func (t *frontendTier) close(ctx context.Context, p *process) {
+	if t.disk == nil {
+		return
+	}
+	if err := t.disk.Close(); err != nil {
+		p.log.WarnContext(ctx, "close the disk tier", "err", err)
+	}
+}
+
+// checkDiskCache refuses a tier that would hold next to nothing.
+func checkDiskCache(n size) error {
+	if n != 0 && n < minDiskCache {
+		return run.UsageError{Err: errors.New("--disk-cache is less than " + humanize.IBytes(uint64(minDiskCache)) + " and not 0")}
+	}
+	return nil
+}
