@@ -93,6 +93,12 @@ func (f *Faulty) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Dige
 	return f.Store.Missing(ctx, ds)
 }
 
+// Size implements cas.Sizer without a fault.
+func (f *Faulty) Size(ctx context.Context, space digest.Space, hash string) (int64, error) {
+	d, err := cas.Find(ctx, f.Store, space, hash)
+	return d.Size(), err
+}
+
 func (f *Faulty) plan(op Op, d digest.Digest) Fault {
 	if f.Plan == nil {
 		return Fault{}

@@ -38,6 +38,7 @@ var (
 	_ cas.Confirmer = (*Tier)(nil)
 	_ cas.Peeker    = (*Tier)(nil)
 	_ cas.Resumer   = (*Tier)(nil)
+	_ cas.Sizer     = (*Tier)(nil)
 )
 
 // New returns a tier that holds nothing yet.
@@ -158,6 +159,12 @@ func (t *Tier) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Digest
 // Confirm implements cas.Confirmer.
 func (t *Tier) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error) {
 	return cas.Confirm(ctx, t.source, ds)
+}
+
+// Size implements cas.Sizer.
+func (t *Tier) Size(ctx context.Context, space digest.Space, hash string) (int64, error) {
+	d, err := cas.Find(ctx, t.source, space, hash)
+	return d.Size(), err
 }
 
 // Committed implements cas.Resumer.
