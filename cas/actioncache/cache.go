@@ -10,6 +10,7 @@ import (
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/jetfarm/jetfarm/cas"
@@ -51,20 +52,30 @@ type Config struct {
 	Blobs cas.Store
 	// Replicas is in how many brokers a result is kept, 1 by default.
 	Replicas int
-	// MaxBytes bounds the bucket, 1 GiB by default, less where the broker has not that much.
+	// MaxBytes bounds the bucket, less where the broker has not that much. 0 keeps the bound of a
+	// bucket that is there and is 1 GiB for a new one.
 	MaxBytes int64
 	// MaxEntryBytes is up to which size a result is kept in the bucket itself, 900 KiB by default. It
 	// must be below the broker's message limit.
 	MaxEntryBytes int
 	// Refresh is after which time an entry that is used is written again, a day by default.
 	Refresh time.Duration
-	Log     *slog.Logger
+	// MemoryBytes bounds the entries that are kept in memory while Run runs; 0 keeps none.
+	MemoryBytes int64
+	// MemoryAge is how long an entry is kept in memory before the broker is asked again, a minute by
+	// default.
+	MemoryAge time.Duration
+	Log       *slog.Logger
+	// Registerer receives the metrics of the memory; nil keeps them private.
+	Registerer prometheus.Registerer
 }
 
 // Cache is the action cache. Its methods may be called concurrently.
 type Cache struct {
+	conn     *nats.Conn
 	js       jetstream.JetStream
 	stream   jetstream.Stream
+	memory   *memory // nil for none
 	blobs    cas.Store
 	maxEntry int
 	refresh  time.Duration
@@ -77,6 +88,8 @@ const (
 	requestTimeout = 5 * time.Second
 	// maxResult bounds a result that is kept as a blob.
 	maxResult = 64 << 20
+	// defaultBytes bounds a new bucket.
+	defaultBytes = 1 << 30
 )
 
 // Open makes the bucket if there is none and brings its limits up to date.
@@ -84,14 +97,14 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if cfg.Replicas == 0 {
 		cfg.Replicas = 1
 	}
-	if cfg.MaxBytes == 0 {
-		cfg.MaxBytes = 1 << 30
-	}
 	if cfg.MaxEntryBytes == 0 {
 		cfg.MaxEntryBytes = 900 << 10
 	}
 	if cfg.Refresh == 0 {
 		cfg.Refresh = 24 * time.Hour
+	}
+	if cfg.MemoryAge == 0 {
+		cfg.MemoryAge = time.Minute
 	}
 	js, err := jetstream.New(cfg.Conn)
 	if err != nil {
@@ -103,60 +116,48 @@ func Open(ctx context.Context, cfg Config) (*Cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("action cache: bucket %s: %w", bucket, err)
 	}
-	return &Cache{js: js, stream: stream, blobs: cfg.Blobs, maxEntry: cfg.MaxEntryBytes, refresh: cfg.Refresh, log: cfg.Log}, nil
-}
-
-// minBytes is the smallest bucket that is made where the broker has no room to set MaxBytes aside.
-const minBytes = 16 << 20
-
-// openBucket makes or updates the stream: a key-value bucket as other clients know it, but that the
-// oldest entries give way.
-func openBucket(ctx context.Context, js jetstream.JetStream, cfg Config) (jetstream.Stream, error) { //nolint:ireturn // the library has no type for it
-	for size := cfg.MaxBytes; ; size /= 4 {
-		stream, err := createBucket(ctx, js, cfg.Replicas, size)
-		if err == nil {
-			return stream, nil
-		}
-		if err = failure(ctx, err); !errors.Is(err, cas.ErrFull) || size/4 < minBytes {
-			return nil, err
-		}
-		cfg.Log.WarnContext(ctx, "the broker has little room for the action cache", "bytes", size/4, "err", err)
+	c := &Cache{
+		conn: cfg.Conn, js: js, stream: stream, blobs: cfg.Blobs,
+		maxEntry: cfg.MaxEntryBytes, refresh: cfg.Refresh, log: cfg.Log,
 	}
-}
-
-func createBucket(ctx context.Context, js jetstream.JetStream, replicas int, size int64) (jetstream.Stream, error) { //nolint:ireturn // the library has no type for it
-	return js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
-		Name:              "KV_" + bucket,
-		Description:       "jetfarm action cache",
-		Subjects:          []string{subjectPrefix + ">"},
-		MaxMsgsPerSubject: 1,
-		MaxBytes:          size,
-		Discard:           jetstream.DiscardOld,
-		Storage:           jetstream.FileStorage,
-		Replicas:          replicas,
-		Duplicates:        100 * time.Millisecond,
-		AllowRollup:       true,
-		AllowDirect:       true,
-	})
+	if cfg.MemoryBytes > 0 {
+		c.memory = newMemory(cfg.MemoryBytes, cfg.MemoryAge)
+		if err := c.memory.register(cfg.Registerer); err != nil {
+			return nil, fmt.Errorf("action cache: %w", err)
+		}
+	}
+	return c, nil
 }
 
 // Get returns the result of an action. The error wraps ErrNotFound when there is none whose blobs
 // are all present, cas.ErrUnavailable or another error of the blobs' store when that can't be told
 // (row ACG-4). An entry that can't be understood is deleted and ErrNotFound (row ACG-9). The result
 // is the caller's and has digests only, no inlined bytes (row ACG-5).
+//
+// What this process has Put is seen at once. With Run, what another process has Put is seen as soon
+// as its news arrive, which the broker sends before it acknowledges the Put.
 func (c *Cache) Get(ctx context.Context, action digest.Digest) (*repb.ActionResult, error) {
-	stored, err := c.read(ctx, action)
-	if err != nil {
-		return nil, err
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
 	}
-	result, err := c.decode(ctx, action.Space(), stored.value)
-	if err == nil {
-		err = c.complete(ctx, action.Space(), result)
+	asked := time.Now()
+	k, epoch := c.kept(action, asked)
+	var result *repb.ActionResult
+	var err error
+	if k != nil {
+		result, err = c.again(ctx, k)
+	} else {
+		if k, err = c.read(ctx, action); err != nil {
+			return nil, err
+		}
+		if result, err = c.open(ctx, action.Space(), k); err == nil {
+			c.keep(action, k, epoch, asked)
+		}
 	}
 	var missing *MissingError
 	switch {
 	case err == nil:
-		c.touch(ctx, action, stored)
+		c.touch(ctx, action, k)
 		return result, nil
 	case errors.As(err, &missing):
 		return nil, fmt.Errorf("%w for %v: %v", ErrNotFound, action, err) //nolint:errorlint // A miss is only a miss.
@@ -165,7 +166,7 @@ func (c *Cache) Get(ctx context.Context, action digest.Digest) (*repb.ActionResu
 		return nil, fmt.Errorf("%w for %v: %v", ErrNotFound, action, err) //nolint:errorlint // A miss is only a miss.
 	case errors.Is(err, ErrInvalid):
 		c.log.ErrorContext(ctx, "damaged cached result is deleted", "action", action, "err", err)
-		c.remove(ctx, action, stored)
+		c.remove(ctx, action, k)
 		return nil, fmt.Errorf("%w for %v: the entry was damaged", ErrNotFound, action)
 	default:
 		return nil, fmt.Errorf("checking the result of %v: %w", action, err)
@@ -183,15 +184,20 @@ func (c *Cache) Put(ctx context.Context, action digest.Digest, result *repb.Acti
 	if err := c.strip(ctx, action.Space(), result); err != nil {
 		return err
 	}
-	if err := c.complete(ctx, action.Space(), result); err != nil {
+	n := c.names(action.Space())
+	if err := n.complete(ctx, result); err != nil {
 		return err
 	}
-	value, err := c.encode(ctx, action.Space(), result)
+	k, err := c.encode(ctx, n, result)
 	if err != nil {
 		return err
 	}
-	if err := c.write(ctx, action, value); err != nil {
+	k.written = time.Now()
+	_, epoch := c.kept(action, k.written)
+	if k.sequence, err = c.write(ctx, action, k.value); err != nil {
+		c.doubt(action)
 		return fmt.Errorf("storing the result of %v: %w", action, err)
 	}
+	c.keep(action, k, epoch, k.written)
 	return nil
 }

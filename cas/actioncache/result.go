@@ -109,19 +109,21 @@ func (o outputs) symlinks(links []*repb.OutputSymlink) error {
 	return nil
 }
 
-// complete is Complete on the cache's own blobs.
-func (c *Cache) complete(ctx context.Context, space digest.Space, result *repb.ActionResult) error {
-	return Complete(ctx, c.blobs, space, result)
-}
-
 // Complete checks that a result is well formed and that every blob it names is present in blobs, of
 // which it asks Confirm and reads the output directories. The error wraps ErrInvalid or ErrTooLarge,
 // is a *MissingError or comes from the store.
 func Complete(ctx context.Context, blobs cas.Store, space digest.Space, result *repb.ActionResult) error {
+	return (&named{space: space, blobs: blobs}).complete(ctx, result)
+}
+
+// names returns a question for what results in this space name.
+func (c *Cache) names(space digest.Space) *named { return &named{space: space, blobs: c.blobs} }
+
+// complete is Complete, after which n has what was asked for.
+func (n *named) complete(ctx context.Context, result *repb.ActionResult) error {
 	if err := validate(result); err != nil {
 		return err
 	}
-	n := &named{space: space, blobs: blobs}
 	for _, f := range result.GetOutputFiles() {
 		if err := n.add(ctx, f.GetDigest(), "output file", f.GetPath()); err != nil {
 			return err
@@ -151,7 +153,8 @@ func Complete(ctx context.Context, blobs cas.Store, space digest.Space, result *
 type named struct {
 	space   digest.Space
 	blobs   cas.Store
-	asked   []digest.Digest // what is to be asked next
+	asked   []digest.Digest // what is to be asked next, or was asked last
+	split   bool            // whether there was an earlier question
 	missing []digest.Digest
 	nodes   int
 	bytes   int64
@@ -167,10 +170,14 @@ func (n *named) add(ctx context.Context, m *repb.Digest, what, name string) erro
 
 func (n *named) addDigest(ctx context.Context, d digest.Digest) error {
 	const batch = 10_000
-	if n.asked = append(n.asked, d); len(n.asked) < batch {
-		return nil
+	if len(n.asked) == batch {
+		if err := n.ask(ctx); err != nil {
+			return err
+		}
+		n.asked, n.split = n.asked[:0], true
 	}
-	return n.ask(ctx)
+	n.asked = append(n.asked, d)
+	return nil
 }
 
 func (n *named) ask(ctx context.Context) error {
@@ -178,7 +185,6 @@ func (n *named) ask(ctx context.Context) error {
 		return nil
 	}
 	missing, err := cas.Confirm(ctx, n.blobs, n.asked)
-	n.asked = n.asked[:0]
 	n.missing = append(n.missing, missing...)
 	return err
 }

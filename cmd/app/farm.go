@@ -22,20 +22,27 @@ type farm struct {
 	metrics     *prometheus.Registry
 }
 
+// farmConfig is what roles want of what they share. Zero keeps what is there.
+type farmConfig struct {
+	replicas     int
+	actionBytes  int64 // bound on the action cache
+	actionMemory int64 // bound on what of it is in memory; 0 is none
+}
+
 // openFarm connects to the broker and opens operations, blobs and the action cache on it. Operations,
 // small blobs and large blobs have a connection each, since a large transfer delays all else on
 // its own.
-func openFarm(ctx context.Context, p *process, to broker.ConnectConfig, replicas int) (*farm, error) {
+func openFarm(ctx context.Context, p *process, to broker.ConnectConfig, cfg farmConfig) (*farm, error) {
 	f := &farm{metrics: prometheus.NewRegistry()}
 	f.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	if err := f.open(ctx, p, to, replicas); err != nil {
+	if err := f.open(ctx, p, to, cfg); err != nil {
 		f.close()
 		return nil, err
 	}
 	return f, nil
 }
 
-func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, replicas int) (err error) {
+func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, cfg farmConfig) (err error) {
 	role := to.Name
 	to.Log = p.log
 	for _, use := range []string{"control", "small", "bulk"} {
@@ -46,7 +53,7 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, re
 		}
 		f.connections = append(f.connections, nc)
 	}
-	f.client, err = broker.New(broker.Config{Conn: f.connections[0], Replicas: replicas, Log: p.log})
+	f.client, err = broker.New(broker.Config{Conn: f.connections[0], Replicas: cfg.replicas, Log: p.log})
 	if err != nil {
 		return err
 	}
@@ -60,7 +67,8 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, re
 		return fmt.Errorf("open the blob store: %w", err)
 	}
 	f.actions, err = actioncache.Open(ctx, actioncache.Config{
-		Conn: f.connections[0], Blobs: f.blobs, Replicas: f.client.Replicas(), Log: p.log,
+		Conn: f.connections[0], Blobs: f.blobs, Replicas: f.client.Replicas(), Log: p.log, Registerer: f.metrics,
+		MaxBytes: cfg.actionBytes, MemoryBytes: cfg.actionMemory,
 	})
 	if err != nil {
 		return fmt.Errorf("open the action cache: %w", err)
@@ -70,7 +78,7 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, re
 
 // services are what must run as long as the farm is used.
 func (f *farm) services() []func(context.Context) error {
-	return []func(context.Context) error{f.client.Run, f.blobs.Run}
+	return []func(context.Context) error{f.client.Run, f.blobs.Run, f.actions.Run}
 }
 
 // close ends the connections, after everything that uses them has ended.

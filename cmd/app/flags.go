@@ -107,7 +107,28 @@ const (
 type serveFlags struct {
 	GRPC               string   `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
 	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
+	ACSize             size     `name:"ac-size" help:"Most bytes of action results; those that were not used for the longest time give way." default:"1GiB" env:"JETFARM_AC_SIZE"`
 	Instance           []string `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
+}
+
+const (
+	// minACSize is room for what a broker stores of the largest result.
+	minACSize = 16 << 20
+	// actionMemory bounds the action results that a frontend keeps in memory.
+	actionMemory = 64 << 20
+)
+
+// farm is what a role that serves the API wants of the farm.
+func (f *serveFlags) farm(replicas int) farmConfig {
+	return farmConfig{replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory}
+}
+
+// checkSizes reports bounds that cannot work.
+func (f *serveFlags) checkSizes() error {
+	if f.ACSize < minACSize {
+		return run.UsageError{Err: fmt.Errorf("--ac-size %d bytes is less than %s", f.ACSize, humanize.IBytes(uint64(minACSize)))}
+	}
+	return nil
 }
 
 // checkInstances reports names that no request can have.

@@ -30,7 +30,7 @@ type Frontend struct {
 func (f *Frontend) validate() error {
 	errs := []error{
 		checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas), f.checkInstances(),
-		f.memoryFlags.validate(), checkDiskCache(f.DiskCache),
+		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(),
 	}
 	if f.DrainTimeout < 0 {
 		errs = append(errs, run.UsageError{Err: errors.New("--drain-timeout is negative")})
@@ -55,7 +55,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer listeners.close()
-	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: f.NATS, Name: "jetfarm frontend"}, f.Replicas)
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: f.NATS, Name: "jetfarm frontend"}, f.farm(f.Replicas))
 	if err != nil {
 		return err
 	}

@@ -30,7 +30,7 @@ const lastGrace = 2 * time.Second
 func (u *Up) run(ctx context.Context, p *process) error {
 	platform, err := u.executionFlags.validate()
 	addresses := checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen})
-	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate())
+	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes())
 	if err != nil {
 		return err
 	}
@@ -56,7 +56,7 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer server.Stop()
-	farm, err := openFarm(ctx, p, broker.ConnectConfig{Embedded: server, Name: "jetfarm up"}, 1)
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Embedded: server, Name: "jetfarm up"}, u.farm(1))
 	if err != nil {
 		return err
 	}

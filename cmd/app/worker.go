@@ -38,7 +38,7 @@ func (w *Worker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer unlock()
-	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: w.NATS, Name: "jetfarm worker"}, 0)
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: w.NATS, Name: "jetfarm worker"}, farmConfig{})
 	if err != nil {
 		return err
 	}
