@@ -11,5 +11,13 @@
 // `<key space token>.<hash>.<size>` of the action. A value is one byte and what that says follows:
 // 1 the serialized ActionResult, 2 the serialized Digest of a blob that has it, for results that
 // are too large for a message. The bucket has a size, and the entries that were written the longest
-// time ago give way; one that is used is written again once a day.
+// time ago give way; one that is used is written again once a day. An entry whose blobs are gone stays
+// until its turn comes: the blobs may be stored again, and are by whoever builds the action again.
+//
+// Entries that were used a short time ago are also kept in memory, with the list of blobs to ask for.
+// The broker republishes the headers of each write on jetfarm.ac.<key>, which keeps the memories of all
+// processes current: a change is seen when its news arrive, before the writer has its acknowledgement.
+// A connection that is silently dead is noticed after 30 s, and entries that an operator deletes
+// from the bucket, of which the broker tells nothing, are served for up to a minute while their blobs
+// are there.
 package actioncache
