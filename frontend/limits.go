@@ -23,7 +23,7 @@ type Limits struct {
 	MaxBlobBytes int64
 	// BatchConcurrency bounds the blobs of one request that are read or written at once. 32 by default.
 	BatchConcurrency int
-	// ReadChunkBytes bounds the data of one ReadResponse. 1 MiB by default, which is the most.
+	// ReadChunkBytes bounds the data of one ReadResponse. 512 KiB by default, at most 1 MiB.
 	ReadChunkBytes int
 
 	// MaxTreeDirectories and MaxTreeBytes bound what one GetTree visits. 250 000 and 512 MiB by default.
@@ -85,7 +85,7 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.MaxDigests, 40_000)
 	orDefault(&l.MaxBlobBytes, 64<<30)
 	orDefault(&l.BatchConcurrency, 32)
-	orDefault(&l.ReadChunkBytes, 1<<20)
+	orDefault(&l.ReadChunkBytes, 512<<10)
 	orDefault(&l.MaxTreeDirectories, 250_000)
 	orDefault(&l.MaxTreeBytes, 512<<20)
 	orDefault(&l.MaxActionBytes, 1<<20)

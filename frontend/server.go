@@ -100,6 +100,7 @@ func (s *Server) register() {
 func (s *Server) options() []grpc.ServerOption {
 	const buffer, headers = 128 << 10, 64 << 10
 	return []grpc.ServerOption{
+		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxRecvMsgSize(s.cfg.Limits.MaxReceiveBytes),
 		grpc.MaxConcurrentStreams(s.cfg.Limits.MaxStreams),
 		grpc.MaxHeaderListSize(headers),

@@ -33,6 +33,8 @@ var (
 	errNotFound = errors.New("not found")
 	// errDamaged is a stored blob whose bytes are not those of its digest.
 	errDamaged = errors.New("stored blob is damaged")
+	// errMoved is an upload that begins before what is kept of it.
+	errMoved = errors.New("more of the upload has arrived")
 	// errDraining ends what a client may begin again on another frontend.
 	errDraining = errors.New("frontend is shutting down")
 	// errInterrupted ends a stream whose operation could not be followed to its end.
@@ -63,12 +65,14 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{errTooLarge, codes.ResourceExhausted, false},
 	{errStalled, codes.DeadlineExceeded, false},
 	{errSlow, codes.DeadlineExceeded, false},
+	{errMoved, codes.Aborted, true},
 	{errDraining, codes.Unavailable, true},
 	{errInterrupted, codes.Unavailable, true},
 	{cas.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrQueueFull, codes.ResourceExhausted, true},
 	{cas.ErrFull, codes.ResourceExhausted, false},
+	{cas.ErrNotKept, codes.InvalidArgument, false},
 	{broker.ErrNoWorker, codes.FailedPrecondition, false},
 	{broker.ErrCancelled, codes.Canceled, false},
 	{broker.ErrLost, codes.Unavailable, true},

@@ -6,8 +6,6 @@ import (
 	"io"
 	"time"
 
-	"google.golang.org/genproto/googleapis/bytestream"
-
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -21,34 +19,58 @@ var (
 
 // receiver is the half of a Write stream that an upload reads.
 type receiver interface {
-	Recv() (*bytestream.WriteRequest, error)
+	RecvMsg(m any) error
 }
 
 // upload is the data of one Write stream as an io.Reader. It ends with io.EOF only after finish_write
 // and exactly size bytes; a client that breaks a rule, leaves or stalls is an error, so the store
 // never sees a short blob as a whole one. Its errors wrap errInvalid, errHalfClosed, errPresent,
-// errStalled or are the stream's own. It is used by one goroutine.
+// errStalled or are the stream's own. It is used by one goroutine, which calls begin, start, then
+// Read, and close at the end.
 type upload struct {
 	stream   receiver
 	name     string
 	size     int64
-	offset   int64  // bytes received
-	data     []byte // received and not yet read
+	offset   int64 // the write_offset that comes next
+	received int64 // bytes
+	message  writeRequest
 	finished bool
 	err      error
 
 	present   func() error // errPresent when the blob has appeared
-	nextLook  int64        // offset at which to ask present again
+	nextLook  int64        // bytes received at which to ask present again
 	noData    time.Duration
 	idleSince time.Time // when the run of messages without data began
 }
+
+// begin receives the first message, of which nothing is checked yet.
+func (u *upload) begin() (*writeRequest, error) {
+	err := u.stream.RecvMsg(&u.message)
+	if errors.Is(err, io.EOF) {
+		return nil, fmt.Errorf("%w: the stream ended without a message", errInvalid)
+	}
+	if err != nil {
+		return nil, err
+	}
+	u.name = u.message.name
+	return &u.message, nil
+}
+
+// start accepts the first message as the bytes from offset on of a blob of size bytes.
+func (u *upload) start(offset, size int64) error {
+	u.offset, u.size, u.nextLook = offset, size, presentEvery
+	return u.accept()
+}
+
+// close gives back the buffers of the last message.
+func (u *upload) close() { u.message.close() }
 
 // Read implements io.Reader.
 func (u *upload) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	for len(u.data) == 0 {
+	for u.message.data.Remaining() == 0 {
 		if u.err == nil {
 			u.err = u.next()
 		}
@@ -56,9 +78,7 @@ func (u *upload) Read(p []byte) (int, error) {
 			return 0, u.err
 		}
 	}
-	n := copy(p, u.data)
-	u.data = u.data[n:]
-	return n, nil
+	return u.message.data.Read(p)
 }
 
 // next receives one message.
@@ -66,45 +86,47 @@ func (u *upload) next() error {
 	if u.finished {
 		return io.EOF
 	}
-	if u.offset >= u.nextLook {
-		u.nextLook = u.offset + presentEvery
+	if u.received >= u.nextLook {
+		u.nextLook = u.received + presentEvery
 		if err := u.present(); err != nil {
 			return err
 		}
 	}
-	m, err := u.stream.Recv()
+	err := u.stream.RecvMsg(&u.message)
 	if errors.Is(err, io.EOF) {
-		return fmt.Errorf("%w after %d of %d bytes", errHalfClosed, u.offset, u.size)
+		return fmt.Errorf("%w at byte %d of %d", errHalfClosed, u.offset, u.size)
 	}
 	if err != nil {
 		return err
 	}
-	return u.accept(m)
+	return u.accept()
 }
 
-// accept checks one message against what came before it and takes its data.
-func (u *upload) accept(m *bytestream.WriteRequest) error {
-	if name := m.GetResourceName(); name != "" && name != u.name {
-		return fmt.Errorf("%w: resource_name changed from %s to %s", errInvalid, digest.Quote(u.name), digest.Quote(name))
+// accept checks the message against what came before it.
+func (u *upload) accept() error {
+	m := &u.message
+	if m.name != "" && m.name != u.name {
+		return fmt.Errorf("%w: resource_name changed from %s to %s", errInvalid, digest.Quote(u.name), digest.Quote(m.name))
 	}
-	if m.GetWriteOffset() != u.offset {
-		return fmt.Errorf("%w: write_offset %d of %s, %d bytes were received", errInvalid, m.GetWriteOffset(), digest.Quote(u.name), u.offset)
+	if m.offset != u.offset {
+		return fmt.Errorf("%w: write_offset %d of %s, %d is next", errInvalid, m.offset, digest.Quote(u.name), u.offset)
 	}
-	if int64(len(m.GetData())) > u.size-u.offset {
+	n := int64(m.data.Remaining())
+	if n > u.size-u.offset {
 		return fmt.Errorf("%w: %s has more data than the %d bytes of its digest", errInvalid, digest.Quote(u.name), u.size)
 	}
-	u.data = m.GetData()
-	u.offset += int64(len(u.data))
-	u.finished = m.GetFinishWrite()
+	u.offset += n
+	u.received += n
+	u.finished = m.finish
 	if u.finished && u.offset < u.size {
 		return fmt.Errorf("%w: %s was finished after %d of %d bytes", errInvalid, digest.Quote(u.name), u.offset, u.size)
 	}
-	return u.progress()
+	return u.progress(n)
 }
 
 // progress ends an upload that sends message after message without data (row X-32).
-func (u *upload) progress() error {
-	if len(u.data) > 0 || u.finished {
+func (u *upload) progress(n int64) error {
+	if n > 0 || u.finished {
 		u.idleSince = time.Time{}
 		return nil
 	}
