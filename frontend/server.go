@@ -47,12 +47,13 @@ type Config struct {
 	ExecEnabled bool
 }
 
-// Server is the endpoint. New makes one; GRPC is what to serve; Shutdown ends it.
+// Server is the endpoint. New makes one; GRPC and HTTP are what to serve; Shutdown ends it.
 type Server struct {
 	cfg     Config
 	grpc    *grpc.Server
 	health  *health.Server
 	metrics *metrics
+	http    *httpCache
 	waiters *waiters
 	unary   map[string]bool // full names of unary methods; written by New only
 	drained atomic.Bool
@@ -83,9 +84,14 @@ func (s *Server) register() {
 	repb.RegisterCapabilitiesServer(s.grpc, &capabilities{limits: limits, updates: cfg.AllowActionCacheUpdates, execute: cfg.ExecEnabled})
 	repb.RegisterContentAddressableStorageServer(s.grpc, &content{blobs: cfg.Blobs, limits: limits, metrics: s.metrics})
 	bytestream.RegisterByteStreamServer(s.grpc, newByteStream(cfg.Blobs, limits, s.metrics))
-	repb.RegisterActionCacheServer(s.grpc, &actionCache{
+	results := &actionCache{
 		actions: cfg.Actions, blobs: cfg.Blobs, inline: in, limits: limits, metrics: s.metrics, updates: cfg.AllowActionCacheUpdates,
-	})
+	}
+	repb.RegisterActionCacheServer(s.grpc, results)
+	s.http = &httpCache{
+		blobs: cfg.Blobs, actions: results, instances: cfg.Instances, limits: limits, metrics: s.metrics,
+		http: newHTTPMetrics(cfg.Registerer),
+	}
 	repb.RegisterExecutionServer(s.grpc, &execution{
 		broker: cfg.Broker, actions: cfg.Actions, blobs: cfg.Blobs, answers: ans, waiters: s.waiters,
 		limits: limits, metrics: s.metrics, enabled: cfg.ExecEnabled, executed: cfg.Executed,

@@ -42,6 +42,8 @@ type allInOne struct {
 	data string
 	// crash makes restart kill the process instead of stopping it.
 	crash bool
+	// flags are further ones of the command line.
+	flags []string
 	up    *process
 }
 
@@ -54,8 +56,10 @@ func startUp(t testing.TB) *allInOne {
 
 func (f *allInOne) start(t testing.TB) {
 	t.Helper()
-	f.up = start(t, "up", "up", "--data", f.data, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0",
-		"--concurrency", strconv.Itoa(slots))
+	args := []string{
+		"up", "--data", f.data, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--concurrency", strconv.Itoa(slots),
+	}
+	f.up = start(t, "up", append(args, f.flags...)...)
 }
 
 func (f *allInOne) endpoint(t testing.TB) string {

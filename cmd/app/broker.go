@@ -83,5 +83,5 @@ func withHTTP(ctx context.Context, address string, handler http.Handler, main fu
 		return err
 	}
 	return run.Beside(ctx, func(ctx context.Context) error { return main(ctx, l.Addr().String()) },
-		func(ctx context.Context) error { return run.HTTP(ctx, l, handler) })
+		func(ctx context.Context) error { return run.HTTP(ctx, l, handler, run.HTTPGrace) })
 }

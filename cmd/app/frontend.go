@@ -19,7 +19,7 @@ type Frontend struct {
 	serveFlags   `embed:""`
 	httpFlags    `embed:""`
 	memoryFlags  `embed:""`
-	HTTP         string        `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
+	HTTP         string        `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Replicas     int           `help:"Servers of the NATS cluster that hold each message: 1, 3 or 5. 0 keeps what is there." default:"0"`
 	DrainTimeout time.Duration `help:"How long open calls may go on after SIGTERM. Clients take up Execute streams that are cut at another frontend." default:"10s"`
 	CacheOnly    bool          `help:"Serve the cache without execution."`
@@ -70,7 +70,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 		return err
 	}
 	server := newFrontend(p, farm, blobs, f.serveFlags, !f.CacheOnly)
-	handler := run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: farm.metrics, Pprof: f.Pprof})
+	handler := server.HTTP(run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: farm.metrics, Pprof: f.Pprof}))
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, server, handler, f.DrainTimeout, func(ctx context.Context) error {
 			if err := farm.client.Ready(ctx); err != nil {
@@ -107,7 +107,7 @@ func serveFrontend(ctx context.Context, l *listeners, server *frontend.Server, h
 		})
 	}}
 	if l.http != nil {
-		services = append(services, func(ctx context.Context) error { return run.HTTP(ctx, l.http, handler) })
+		services = append(services, func(ctx context.Context) error { return run.HTTP(ctx, l.http, handler, grace) })
 	}
 	return run.Beside(ctx, main, services...)
 }

@@ -17,7 +17,7 @@ type Up struct {
 	httpFlags      `embed:""`
 	memoryFlags    `embed:""`
 	Data           string `help:"Directory of everything the farm keeps. Default: the user's state directory." type:"path" placeholder:"DIR"`
-	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
+	HTTP           string `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Listen         string `help:"Address at which more workers, frontends and NATS tools reach the embedded NATS server." default:"127.0.0.1:0"`
 	MaxStore       size   `help:"Most bytes of blobs and records on disk. Default: three quarters of what is free." placeholder:"SIZE"`
 	SyncAlways     bool   `help:"Wait for the disk with every write. Otherwise a power cut may lose the last second."`
@@ -71,7 +71,7 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	api := newFrontend(p, farm, blobs, u.serveFlags, true)
-	handler := run.Probes(run.ProbeConfig{Ready: api.Ready, Gatherer: farm.metrics, Pprof: u.Pprof})
+	handler := api.HTTP(run.Probes(run.ProbeConfig{Ready: api.Ready, Gatherer: farm.metrics, Pprof: u.Pprof}))
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, api, handler, lastGrace, func(ctx context.Context) error {
 			if err := farm.client.Ready(ctx); err != nil {

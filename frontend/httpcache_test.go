@@ -1,0 +1,485 @@
+package frontend_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/frontend"
+)
+
+// serveHTTP serves the HTTP cache of a frontend; all other paths are the teapot's.
+func (h *harness) serveHTTP(t testing.TB) *httptest.Server {
+	t.Helper()
+	s := httptest.NewServer(h.server.HTTP(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusTeapot)
+	})))
+	t.Cleanup(s.Close)
+	return s
+}
+
+// answer is what came of a request.
+type answer struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+// ask makes a request; headers are name and value in turn.
+func ask(t testing.TB, method, url string, body []byte, headers ...string) answer {
+	t.Helper()
+	a, err := try(t.Context(), method, url, bytes.NewReader(body), headers...)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, url, err)
+	}
+	return a
+}
+
+func try(ctx context.Context, method, url string, body io.Reader, headers ...string) (answer, error) {
+	req, err := http.NewRequestWithContext(ctx, method, url, body)
+	if err != nil {
+		return answer{}, err
+	}
+	for i := 0; i+1 < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
+	}
+	resp, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, data}, err
+}
+
+func wantStatus(t testing.TB, what string, a answer, status int, text ...string) {
+	t.Helper()
+	if a.status != status {
+		t.Fatalf("%s: status %d %q, want %d", what, a.status, a.body, status)
+	}
+	for _, s := range text {
+		if !strings.Contains(string(a.body), s) {
+			t.Fatalf("%s: %q, want the text %q", what, a.body, s)
+		}
+	}
+}
+
+func TestHTTPBlobs(t *testing.T) {
+	h := start(t)
+	s := h.serveHTTP(t)
+	for _, instance := range []string{"", "main", "a/b/c", "ac", "with space", "cas/ac"} {
+		in := must(digest.SpaceOf(instance, repb.DigestFunction_SHA256, ""))
+		base := s.URL + "/"
+		if instance != "" {
+			base += strings.ReplaceAll(instance, " ", "%20") + "/"
+		}
+		for _, size := range []int{0, 1, 1000, 256 << 10, 256<<10 + 1, 512 << 10, 3<<20 + 7} {
+			t.Run(fmt.Sprintf("%d bytes in %q", size, instance), func(t *testing.T) {
+				data := random(size)
+				d := in.Of(data)
+				url := base + "cas/" + d.Hash()
+				if size > 0 {
+					wantStatus(t, "GET before", ask(t, "GET", url, nil), 404)
+					wantStatus(t, "HEAD before", ask(t, "HEAD", url, nil), 404)
+					wantStatus(t, "PUT", ask(t, "PUT", url, data), 201)
+				}
+				wantStatus(t, "PUT again", ask(t, "PUT", url, data), 200)
+				if h.missing(t, d) {
+					t.Error("the gRPC service does not have it")
+				}
+				got := ask(t, "GET", url, nil)
+				wantStatus(t, "GET", got, 200)
+				if !bytes.Equal(got.body, data) {
+					t.Errorf("GET: %d bytes that differ from the %d of the blob", len(got.body), size)
+				}
+				head := ask(t, "HEAD", url, nil)
+				wantStatus(t, "HEAD", head, 200)
+				if n := head.header.Get("Content-Length"); n != fmt.Sprint(size) || len(head.body) != 0 {
+					t.Errorf("HEAD: Content-Length %s and %d bytes", n, len(head.body))
+				}
+				wantStatus(t, "GET of a version that the client has",
+					ask(t, "GET", url, nil, "If-None-Match", got.header.Get("ETag")), 304)
+				wantStatus(t, "GET with the function", ask(t, "GET", base+"cas/sha256/"+d.Hash(), nil), 200)
+				wantStatus(t, "GET with the function in the base", ask(t, "GET", base+"sha256/cas/"+d.Hash(), nil), 200)
+				if size > 0 {
+					wantStatus(t, "GET in another instance", ask(t, "GET", s.URL+"/other/cas/"+d.Hash(), nil), 404)
+				}
+			})
+		}
+	}
+	byGRPC := h.put(t, random(1<<20))
+	wantStatus(t, "GET of what came by gRPC", ask(t, "GET", s.URL+"/cas/"+byGRPC.Hash(), nil), 200)
+}
+
+func TestHTTPRanges(t *testing.T) {
+	h := start(t)
+	s := h.serveHTTP(t)
+	data := random(700 << 10)
+	d := h.put(t, data)
+	size := len(data)
+	for spec, want := range map[string][2]int{ // from, to; 0, -1 is a 416
+		"bytes=0-0":                   {0, 1},
+		"bytes=0-":                    {0, size},
+		"bytes=5-9":                   {5, 10},
+		"bytes=600000-":               {600000, size},
+		"bytes=-7":                    {size - 7, size},
+		"bytes=-9999999":              {0, size},
+		"bytes=10-99999999":           {10, size},
+		"bytes=99999999-":             {0, -1},
+		"bytes=-0":                    {0, -1},
+		"bytes=0-0,5-6":               {},
+		"bytes=9-5":                   {},
+		"bytes=x-":                    {},
+		"bytes=--5":                   {},
+		"bytes=+1-2":                  {},
+		"lines=1-2":                   {},
+		"bytes=":                      {},
+		"bytes=99999999999999999999-": {},
+	} {
+		t.Run(name(spec), func(t *testing.T) {
+			got := ask(t, "GET", s.URL+"/cas/"+d.Hash(), nil, "Range", spec)
+			switch {
+			case want == [2]int{}:
+				wantStatus(t, "no range that is known", got, 200)
+				if !bytes.Equal(got.body, data) {
+					t.Error("not the whole blob")
+				}
+			case want[1] < 0:
+				wantStatus(t, "outside", got, 416)
+				if r := got.header.Get("Content-Range"); r != fmt.Sprintf("bytes */%d", size) {
+					t.Errorf("Content-Range %q", r)
+				}
+			default:
+				wantStatus(t, "inside", got, 206)
+				if !bytes.Equal(got.body, data[want[0]:want[1]]) {
+					t.Errorf("%d bytes that differ from %d to %d", len(got.body), want[0], want[1])
+				}
+				if r := got.header.Get("Content-Range"); r != fmt.Sprintf("bytes %d-%d/%d", want[0], want[1]-1, size) {
+					t.Errorf("Content-Range %q", r)
+				}
+			}
+		})
+	}
+	wantStatus(t, "a range of another version", ask(t, "GET", s.URL+"/cas/"+d.Hash(), nil, "Range", "bytes=0-0", "If-Range", `"x"`), 200)
+}
+
+func TestHTTPPutRefuses(t *testing.T) {
+	h := start(t, func(c *frontend.Config) { c.Limits.MaxBlobBytes = 8 << 20 })
+	s := h.serveHTTP(t)
+	data := random(1000)
+	d := space.Of(data)
+	url := s.URL + "/cas/" + d.Hash()
+	wantStatus(t, "wrong bytes", ask(t, "PUT", url, random(1000)), 400, "does not match")
+	wantStatus(t, "too few bytes", ask(t, "PUT", url, data[:999]), 400)
+	wantStatus(t, "too many bytes", ask(t, "PUT", url, append(data, 0)), 400)
+	wantStatus(t, "no bytes", ask(t, "PUT", url, nil), 400, "hash")
+	wantStatus(t, "bytes under the empty hash", ask(t, "PUT", s.URL+"/cas/"+space.Of(nil).Hash(), data), 400)
+	wantStatus(t, "compressed", ask(t, "PUT", url, data, "Content-Encoding", "zstd"), 415)
+	wantStatus(t, "short hash", ask(t, "PUT", s.URL+"/cas/abc", data), 400, "hash")
+	wantStatus(t, "POST", ask(t, "POST", url, data), 405)
+	wantStatus(t, "DELETE", ask(t, "DELETE", url, nil), 405)
+	large := random(8<<20 + 1)
+	wantStatus(t, "too large", ask(t, "PUT", s.URL+"/cas/"+space.Of(large).Hash(), large, "Expect", "100-continue"), 413, "8388608")
+	// A reader of unknown kind makes the client send chunks.
+	a, err := try(t.Context(), "PUT", url, struct{ io.Reader }{bytes.NewReader(data)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantStatus(t, "chunks", a, 411, "Content-Length")
+	if !h.missing(t, d) {
+		t.Error("something that was refused is there")
+	}
+}
+
+// Nothing in a path leads anywhere but to a blob.
+func TestHTTPPaths(t *testing.T) {
+	h := start(t, func(c *frontend.Config) { c.Instances = frontend.Instances{"", "main", "a/b"} })
+	s := h.serveHTTP(t)
+	d := h.put(t, []byte("in the path"))
+	hash := d.Hash()
+	address := strings.TrimPrefix(s.URL, "http://")
+	for target, want := range map[string]int{
+		"/cas/" + hash:                                  200,
+		"http://" + address + "/cas/" + hash:            200,
+		"http://evil.example/cas/" + hash:               200, // the host does not matter
+		"/main/cas/" + hash:                             404,
+		"/a/b/cas/" + hash:                              404,
+		"/m%61in/cas/" + hash:                           404,
+		"/c%61s/" + hash:                                418,
+		"/secret/cas/" + hash:                           400, // an instance that is not served
+		"//cas/" + hash:                                 400,
+		"/../cas/" + hash:                               400,
+		"/./cas/" + hash:                                400,
+		"/main/../cas/" + hash:                          400,
+		"/main/%2e%2e/cas/" + hash:                      400,
+		"/main%2F..%2F/cas/" + hash:                     400,
+		"/a%2Fb/cas/" + hash:                            400,
+		"/a//b/cas/" + hash:                             400,
+		"//evil.example/cas/" + hash:                    400,
+		"/%00/cas/" + hash:                              400,
+		"/%ff/cas/" + hash:                              400,
+		"/blobs/cas/" + hash:                            400,
+		"/" + strings.Repeat("x", 300) + "/cas/" + hash: 400,
+		"/cas/" + strings.ToUpper(hash):                 400,
+		"/cas/" + hash + "0":                            400,
+		"/cas/" + hash[1:]:                              400,
+		"/cas/":                                         400,
+		"/cas/..":                                       400,
+		"/cas/" + strings.Repeat("g", 64):               400,
+		"/cas/%2e%2e%2fetc%2fpasswd":                    400,
+		"/cas":                                          418,
+		"/cas/" + hash + "/":                            418,
+		"/cas/x/" + hash:                                418,
+		"/cas/../cas/" + hash:                           400,
+		"/cas/" + hash + "?x=/../":                      200,
+		"/":                                             418,
+		"/metrics":                                      418,
+		"*":                                             418,
+	} {
+		t.Run(name(target), func(t *testing.T) {
+			resp := raw(t, address, "GET "+target+" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+			defer resp.Body.Close()
+			if resp.StatusCode != want || resp.Header.Get("Location") != "" {
+				t.Errorf("status %d, Location %q, want %d", resp.StatusCode, resp.Header.Get("Location"), want)
+			}
+		})
+	}
+}
+
+// raw sends bytes and reads an answer.
+func raw(t testing.TB, address, request string) *http.Response {
+	t.Helper()
+	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if _, err := conn.Write([]byte(request)); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatalf("no answer to %q: %v", request, err)
+	}
+	return resp
+}
+
+func TestHTTPActions(t *testing.T) {
+	h := start(t, allowUpdates)
+	s := h.serveHTTP(t)
+	action, result := h.action(t), h.result(t)
+	url := s.URL + "/ac/" + action.Hash()
+	data := encode(result)
+	wantStatus(t, "GET before", ask(t, "GET", url, nil), 404)
+	wantStatus(t, "PUT", ask(t, "PUT", url, data), 201)
+	for _, method := range []string{"GET", "HEAD"} {
+		got := ask(t, method, url, nil)
+		wantStatus(t, method, got, 200)
+		if method == "GET" && !proto.Equal(result, decode(t, got.body)) {
+			t.Errorf("GET: %v, want %v", decode(t, got.body), result)
+		}
+		if n := got.header.Get("Content-Length"); n != fmt.Sprint(proto.Size(result)) {
+			t.Errorf("%s: Content-Length %s", method, n)
+		}
+	}
+	byGRPC, err := h.ac.GetActionResult(t.Context(), &repb.GetActionResultRequest{ActionDigest: action.Proto()})
+	if err != nil || !proto.Equal(byGRPC, result) {
+		t.Errorf("GetActionResult: %v, %v", byGRPC, err)
+	}
+	wantStatus(t, "GET in another instance", ask(t, "GET", s.URL+"/other/ac/"+action.Hash(), nil), 404)
+	wantStatus(t, "no ActionResult", ask(t, "PUT", url, []byte("text")), 400, "ActionResult")
+	wantStatus(t, "a result whose action is absent", ask(t, "PUT", s.URL+"/ac/"+absent().Hash(), data), 412, "not in the CAS")
+	wantStatus(t, "too large", ask(t, "PUT", url, random(4<<20), "Expect", "100-continue"), 413)
+	bad := proto.CloneOf(result)
+	bad.OutputFiles[0].Path = "/etc/passwd"
+	wantStatus(t, "an absolute path", ask(t, "PUT", url, encode(bad)), 400, "/etc/passwd")
+	bad = proto.CloneOf(result)
+	bad.OutputFiles[0].Digest = absent().Proto()
+	wantStatus(t, "an absent output", ask(t, "PUT", url, encode(bad)), 412)
+	wantStatus(t, "GET after", ask(t, "GET", url, nil), 200)
+}
+
+func decode(t testing.TB, data []byte) *repb.ActionResult {
+	t.Helper()
+	result := new(repb.ActionResult)
+	if err := proto.Unmarshal(data, result); err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
+
+// A result is a hit only while all its blobs are there.
+func TestHTTPActionsAreComplete(t *testing.T) {
+	memory := castest.NewMemory()
+	h := start(t, allowUpdates, func(c *frontend.Config) { c.Blobs = memory })
+	s := h.serveHTTP(t)
+	action, result := h.action(t), h.result(t)
+	h.cache(t, action, &repb.ActionResult{StdoutRaw: []byte("kept in the store of the cache itself")})
+	wantStatus(t, "GET", ask(t, "GET", s.URL+"/ac/"+action.Hash(), nil), 200)
+	result.OutputFiles[0].Digest = absent().Proto()
+	wantStatus(t, "an absent output", ask(t, "PUT", s.URL+"/ac/"+action.Hash(), encode(result)), 412)
+}
+
+func TestHTTPActionsAreReadOnlyByDefault(t *testing.T) {
+	h := start(t)
+	s := h.serveHTTP(t)
+	action, result := h.action(t), h.result(t)
+	url := s.URL + "/ac/" + action.Hash()
+	wantStatus(t, "PUT", ask(t, "PUT", url, encode(result)), 403, "--action-cache-updates")
+	h.cache(t, action, result)
+	wantStatus(t, "GET of what a worker has stored", ask(t, "GET", url, nil), 200)
+}
+
+// A damaged blob does not arrive whole: the client sees an error or a body that is too short.
+func TestHTTPDamage(t *testing.T) {
+	memory := castest.NewMemory()
+	h := start(t, func(c *frontend.Config) { c.Blobs = memory })
+	s := h.serveHTTP(t)
+	for _, size := range []int{1000, 256 << 10, 1 << 20} {
+		for what, damaged := range map[string]func(data []byte) []byte{
+			"short":          func(data []byte) []byte { return data[:size/2] },
+			"long":           func(data []byte) []byte { return append(data, 0) },
+			"other byte":     func(data []byte) []byte { data[size/2]++; return data },
+			"other last one": func(data []byte) []byte { data[size-1]++; return data },
+		} {
+			data := random(size)
+			d := h.put(t, data)
+			memory.Corrupt(d, damaged(data))
+			a, err := try(t.Context(), "GET", s.URL+"/cas/"+d.Hash(), nil)
+			if err == nil && a.status == 200 {
+				t.Errorf("%d bytes, %s: a whole answer", size, what)
+			}
+		}
+	}
+}
+
+// requests is how many requests of the HTTP cache have ended.
+func (h *harness) requests(t testing.TB) (n uint64) {
+	t.Helper()
+	for _, family := range must(h.metrics.Gather()) {
+		if family.GetName() == "jetfarm_frontend_http_duration_seconds" {
+			for _, m := range family.GetMetric() {
+				n += m.GetHistogram().GetSampleCount()
+			}
+		}
+	}
+	return n
+}
+
+func TestHTTPStalls(t *testing.T) {
+	h := start(t, func(c *frontend.Config) { c.Limits.Stall = 200 * time.Millisecond })
+	s := h.serveHTTP(t)
+	address := strings.TrimPrefix(s.URL, "http://")
+	ended := func(n uint64) {
+		t.Helper()
+		eventually(t, "the request ends", func() bool {
+			return handlers() == 0 && h.requests(t) >= n
+		})
+	}
+	t.Run("a client that sends nothing", func(t *testing.T) {
+		resp := raw(t, address, "PUT /cas/"+absent().Hash()+" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nbegin")
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusRequestTimeout {
+			t.Errorf("status %d, want 408", resp.StatusCode)
+		}
+		ended(1)
+	})
+	t.Run("a client that reads nothing", func(t *testing.T) {
+		d := h.put(t, random(64<<20))
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		fmt.Fprintf(conn, "GET /cas/%s HTTP/1.1\r\nHost: x\r\n\r\n", d.Hash())
+		ended(2)
+	})
+	t.Run("a client that is slow and moves", func(t *testing.T) {
+		data := random(10)
+		a, err := try(t.Context(), "PUT", s.URL+"/cas/"+space.Of(data).Hash(), nil)
+		if err != nil || a.status != 400 {
+			t.Fatalf("%v, %v", a, err)
+		}
+		req := must(http.NewRequestWithContext(t.Context(), http.MethodPut, s.URL+"/cas/"+space.Of(data).Hash(), &drip{data: data, every: 50 * time.Millisecond}))
+		req.ContentLength = int64(len(data))
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		if resp.StatusCode != http.StatusCreated {
+			t.Errorf("status %d, want 201", resp.StatusCode)
+		}
+	})
+}
+
+// drip is a reader of one byte at a time.
+type drip struct {
+	data  []byte
+	every time.Duration
+}
+
+func (d *drip) Read(p []byte) (int, error) {
+	if len(d.data) == 0 {
+		return 0, io.EOF
+	}
+	timer := time.NewTimer(d.every)
+	<-timer.C
+	n := copy(p[:1], d.data)
+	d.data = d.data[n:]
+	return n, nil
+}
+
+// A client that leaves in the middle of an upload leaves nothing.
+func TestHTTPClientLeaves(t *testing.T) {
+	h := start(t)
+	s := h.serveHTTP(t)
+	data := random(2 << 20)
+	d := space.Of(data)
+	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", strings.TrimPrefix(s.URL, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "PUT /cas/%s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n", d.Hash(), len(data))
+	if _, err := conn.Write(data[:1<<20]); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the request ends", func() bool { return handlers() == 0 })
+	if !h.missing(t, d) {
+		t.Error("half a blob is present")
+	}
+	wantStatus(t, "PUT of all", ask(t, "PUT", s.URL+"/cas/"+d.Hash(), data), 201)
+}
+
+// A handler that panics answers with an error, and the next request is served.
+func TestHTTPPanic(t *testing.T) {
+	memory := castest.NewMemory()
+	h := start(t, func(c *frontend.Config) {
+		c.Blobs = panicking{memory}
+		c.Registerer = nil
+	})
+	s := h.serveHTTP(t)
+	d := space.Of([]byte("x"))
+	wantStatus(t, "GET", ask(t, "GET", s.URL+"/cas/"+d.Hash(), nil), 500, "internal error")
+	wantStatus(t, "GET of the empty blob", ask(t, "GET", s.URL+"/cas/"+space.Of(nil).Hash(), nil), 200)
+}
+
+type panicking struct{ *castest.Memory }
+
+func (panicking) Size(context.Context, digest.Space, string) (int64, error) { panic("a test") }
