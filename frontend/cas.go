@@ -1,14 +1,12 @@
 package frontend
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"math"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
-	"golang.org/x/sync/errgroup"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 
@@ -120,8 +118,9 @@ func (c *content) store(ctx context.Context, space digest.Space, asked []*repb.B
 	errs := make([]error, len(asked))
 	firstOf := make(map[digest.Digest]int, len(asked))
 	sameAs := make([]int, len(asked))
-	var g errgroup.Group
-	g.SetLimit(c.limits.BatchConcurrency)
+	var ds []digest.Digest
+	var data [][]byte
+	var at []int // where in asked each of ds is
 	for i, r := range asked {
 		sameAs[i] = i
 		d, err := c.verified(space, r)
@@ -134,16 +133,10 @@ func (c *content) store(ctx context.Context, space digest.Space, asked []*repb.B
 			continue
 		}
 		firstOf[d] = i
-		if ctx.Err() != nil {
-			break
-		}
-		g.Go(func() error {
-			errs[i] = c.blobs.Put(ctx, d, bytes.NewReader(r.GetData()))
-			return nil
-		})
+		ds, data, at = append(ds, d), append(data, r.GetData()), append(at, i)
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
+	for i, err := range cas.PutBatch(ctx, c.blobs, c.limits.BatchConcurrency, ds, data) {
+		errs[at[i]] = err
 	}
 	for i, j := range sameAs {
 		errs[i] = errs[j]
@@ -228,35 +221,26 @@ type blobRead struct {
 func (c *content) fetch(ctx context.Context, space digest.Space, asked []*repb.Digest) ([]*blobRead, error) {
 	reads := make([]*blobRead, len(asked))
 	known := make(map[digest.Digest]*blobRead, len(asked))
-	var g errgroup.Group
-	g.SetLimit(c.limits.BatchConcurrency)
+	var ds []digest.Digest
 	for i, message := range asked {
 		d, err := space.Parse(message)
 		if err != nil {
 			reads[i] = &blobRead{err: err}
 			continue
 		}
-		read := known[d]
-		if read == nil {
-			read = &blobRead{}
-			known[d] = read
+		if known[d] == nil {
+			known[d] = &blobRead{}
 			if data, ok := cas.Peek(c.blobs, d); ok {
-				read.data = data
-				reads[i] = read
-				continue // A goroutine would cost more than the blob.
+				known[d].data = data
+			} else {
+				ds = append(ds, d)
 			}
-			if ctx.Err() != nil {
-				break
-			}
-			g.Go(func() error {
-				read.data, read.err = readBlob(ctx, c.blobs, d, c.limits.MaxBatchBytes)
-				return nil
-			})
 		}
-		reads[i] = read
+		reads[i] = known[d]
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
+	data, errs := cas.ReadBatch(ctx, c.blobs, c.limits.BatchConcurrency, ds)
+	for i, d := range ds {
+		known[d].data, known[d].err = data[i], onRead(errs[i])
 	}
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)

@@ -50,6 +50,12 @@ func (t *Tier) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
 	return t.source.Put(ctx, d, r)
 }
 
+// PutBatch implements cas.BatchPutter.
+func (t *Tier) PutBatch(ctx context.Context, ds []digest.Digest, data [][]byte) []error {
+	const width = 32 // for a source that takes no batches
+	return cas.PutBatch(ctx, t.source, width, ds, data)
+}
+
 // Missing implements cas.Store.
 func (t *Tier) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error) {
 	return t.source.Missing(ctx, ds)

@@ -3,15 +3,19 @@ package objectstore_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/broker/brokertest"
+	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/castest"
 	"github.com/jetfarm/jetfarm/cas/digest"
 	"github.com/jetfarm/jetfarm/cas/objectstore"
@@ -104,6 +108,67 @@ func BenchmarkGet(b *testing.B) {
 				}
 				n++
 			}
+		})
+	}
+}
+
+// cpuTime is what this process has used, which other load on the machine changes less than the time.
+func cpuTime(b *testing.B) time.Duration {
+	b.Helper()
+	var usage syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &usage); err != nil {
+		b.Fatal(err)
+	}
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
+}
+
+// A batch as a frontend stores and reads it.
+func BenchmarkBatch(b *testing.B) {
+	const blobs, size, width = 1000, 1 << 10, 32
+	s, _ := benchStore(b)
+	oneByOne := struct{ cas.Store }{s}
+	space := castest.Space(b, "")
+	fresh := func() (ds []digest.Digest, data [][]byte) {
+		for range blobs {
+			d, blob := castest.Blob(space, size)
+			ds, data = append(ds, d), append(data, blob)
+		}
+		return ds, data
+	}
+	check := func(b *testing.B, errs []error) {
+		b.Helper()
+		if err := errors.Join(errs...); err != nil {
+			b.Fatal(err)
+		}
+	}
+	report := func(b *testing.B, used time.Duration) {
+		b.Helper()
+		b.ReportMetric(float64(used.Microseconds())/float64(b.N*blobs), "cpu-us/blob")
+	}
+	for name, store := range map[string]cas.Store{"Batch": s, "OneByOne": oneByOne} {
+		b.Run("Put1000x1KiB/"+name, func(b *testing.B) {
+			b.ReportAllocs()
+			var used time.Duration
+			for b.Loop() {
+				b.StopTimer()
+				ds, data := fresh()
+				before := cpuTime(b)
+				b.StartTimer()
+				check(b, cas.PutBatch(b.Context(), store, width, ds, data))
+				used += cpuTime(b) - before
+			}
+			report(b, used)
+		})
+		b.Run("Get1000x1KiB/"+name, func(b *testing.B) {
+			ds, data := fresh()
+			check(b, cas.PutBatch(b.Context(), store, width, ds, data))
+			b.ReportAllocs()
+			before := cpuTime(b)
+			for b.Loop() {
+				_, errs := cas.ReadBatch(b.Context(), store, width, ds)
+				check(b, errs)
+			}
+			report(b, cpuTime(b)-before)
 		})
 	}
 }

@@ -87,10 +87,10 @@ func TestStoredForm(t *testing.T) {
 	const hash = "853ff93762a06ddbf722c4ebe9ddd66d8f63ddaea97f521c3ecc20da7c976020"
 	got := messages(t, js, "OBJ_cas-s-1-0")
 	want := []string{
-		"$O.cas-s-1-0.C.85.sha256-YS9i." + hash + "-13 hello, world\n",
 		"$O.cas-s-1-0.M.YS9iL2Jsb2JzLzg1M2ZmOTM3NjJhMDZkZGJmNzIyYzRlYmU5ZGRkNjZkOGY2M2RkYWVhOTdmNTIxYzNlY2MyMGRhN2M5NzYwMjAvMTM= " +
 			`{"name":"a/b/blobs/` + hash + `/13","bucket":"cas-s-1-0","nuid":"85.sha256-YS9i.` + hash + `-13","size":13,` +
 			`"mtime":"0001-01-01T00:00:00Z","chunks":1,"digest":"SHA-256=hT_5N2Kgbdv3IsTr6d3WbY9j3a6pf1IcPswg2nyXYCA="}`,
+		"$O.cas-s-1-0.C.85.sha256-YS9i." + hash + "-13 hello, world\n",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("messages of a small blob (-want +got):\n%s", diff)

@@ -36,6 +36,42 @@ func objectInfo(b *bucket, d digest.Digest, nuid string) jetstream.ObjectInfo {
 	}
 }
 
+// infoSize is about as long as the metadata of a small blob.
+const infoSize = 512
+
+// appendObjectInfo appends what json.Marshal makes of objectInfo.
+func appendObjectInfo(out []byte, b *bucket, d digest.Digest, nuid string) []byte {
+	out = append(out, `{"name":`...)
+	if instance := d.Space().Instance(); isPlain(instance) {
+		out = append(out, '"')
+		out = append(out, d.String()...)
+		out = append(out, '"')
+	} else if name, err := json.Marshal(d.String()); err == nil {
+		out = append(out, name...)
+	}
+	out = append(out, `,"bucket":"`...)
+	out = append(out, b.name...)
+	out = append(out, `","nuid":"`...)
+	out = append(out, nuid...)
+	out = append(out, `","size":`...)
+	out = strconv.AppendInt(out, d.Size(), 10)
+	out = append(out, `,"mtime":"0001-01-01T00:00:00Z","chunks":`...)
+	out = strconv.AppendInt(out, int64(chunksOf(d)), 10)
+	out = append(out, `,"digest":"SHA-256=`...)
+	out = append(out, objectDigest(d)...)
+	return append(out, `"}`...)
+}
+
+// isPlain tells a string that JSON writes as it is.
+func isPlain(s string) bool {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' || c == '<' || c == '>' || c == '&' {
+			return false
+		}
+	}
+	return true
+}
+
 // objectDigest is the SHA-256 of the content, which stock clients check, in padded base64url.
 func objectDigest(d digest.Digest) string {
 	hash := d.Hash()

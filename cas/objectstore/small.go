@@ -3,7 +3,6 @@ package objectstore
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -37,44 +36,62 @@ func (s *Store) putSmall(ctx context.Context, d digest.Digest, r io.Reader) erro
 		return ended(ctx)
 	}
 	defer b.budget.Release(d.Size())
-	if err := whileBusy(ctx, func() error { return s.storeSmall(ctx, b, d, data) }); err != nil {
+	err = retry(ctx, busyAttempts, errBusy, func() error { return s.storeSmall(ctx, b, d, data) })
+	if errors.Is(err, cas.ErrFull) || errors.Is(err, errBusy) {
+		return errors.Join(notBusy(err), s.retract(ctx, b, d))
+	}
+	if err != nil {
 		return err
 	}
 	s.stored(b, d)
 	return nil
 }
 
-// storeSmall publishes chunk and metadata back to back, so that they cost one round trip and the
-// stream has them in this order. A chunk that is there makes the blob complete for this package; the
-// metadata is for stock clients.
+// storeSmall stores a verified blob of one chunk.
 func (s *Store) storeSmall(ctx context.Context, b *bucket, d digest.Digest, data []byte) error {
-	info, err := json.Marshal(objectInfo(b, d, tail(d)))
+	a, err := s.sendSmall(ctx, b, d, data)
 	if err != nil {
 		return err
 	}
-	chunk, err := s.smallWrites.publish(ctx, b.chunks+tail(d), expect(0), data)
-	if err != nil {
-		return err
+	defer a.forget()
+	_, err = a.wait(ctx, s.cfg.RequestTimeout)
+	if errors.Is(err, errExists) {
+		return nil
 	}
-	meta, err := s.smallWrites.publish(ctx, b.meta(d), expect(0), info)
-	if err != nil {
-		return err
+	return err
+}
+
+// sendSmall publishes metadata and chunk back to back. The stream has them in this order and a chunk
+// that is there makes the blob complete, so only the chunk is acknowledged. The metadata is for stock
+// clients; where it is already, the second one is refused without a word. So is one that meets a busy
+// stream, and then stock clients do not see the blob.
+func (s *Store) sendSmall(ctx context.Context, b *bucket, d digest.Digest, data []byte) (*ack, error) {
+	chunk := tail(d)
+	info := appendObjectInfo(make([]byte, 0, infoSize), b, d, chunk)
+	if err := s.smallWrites.send(ctx, b.meta(d), s.smallWrites.expectNone, info); err != nil {
+		return nil, err
 	}
-	_, errChunk := chunk.wait(ctx)
-	sequence, errMeta := meta.wait(ctx)
-	if errors.Is(errMeta, errExists) {
-		errMeta = nil
+	return s.smallWrites.publish(ctx, b.chunks+chunk, s.smallWrites.expectNone, data)
+}
+
+// retract removes the metadata of a small blob whose chunk was refused: stock clients must not list
+// an object that has no content. Another writer whose metadata was refused because of this one may
+// store the chunk meanwhile; then stock clients miss an object that this package has.
+func (s *Store) retract(ctx context.Context, b *bucket, d digest.Digest) error {
+	cleaning, cancel := detached(ctx, s.cfg.RequestTimeout)
+	defer cancel()
+	m, err := s.small.lastFromLeader(cleaning, b.stream, b.meta(d))
+	if errors.Is(err, cas.ErrNotFound) {
+		return nil
 	}
-	if errors.Is(errChunk, errExists) {
-		errChunk = nil
+	stored := false
+	if err == nil {
+		err = s.small.subjects(cleaning, b.stream, b.chunks+tail(d), func(string) { stored = true })
 	}
-	if errChunk != nil && errMeta == nil && sequence != 0 {
-		// Stock clients must not list an object that has no content.
-		cleaning, cancel := detached(ctx, s.cfg.RequestTimeout)
-		defer cancel()
-		errChunk = errors.Join(errChunk, s.small.delete(cleaning, b.stream, sequence))
+	if err == nil && !stored {
+		err = s.small.delete(cleaning, b.stream, m.sequence)
 	}
-	return errors.Join(errChunk, errMeta)
+	return err
 }
 
 // openSmall returns the blob if this bucket has it, whole and verified.

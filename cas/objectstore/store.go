@@ -30,14 +30,10 @@ type Store struct {
 	suspected atomic.Int64  // when suspect last woke it, in nanoseconds
 
 	small, bulk             api
-	smallWrites, bulkWrites publisher
+	smallWrites, bulkWrites *publisher
 }
 
 var _ cas.Store = (*Store)(nil)
-
-// ackMemory is how many stall bounds the client remembers a publish of a large blob for. The wait
-// for it is bounded on its own.
-const ackMemory = 6
 
 // Open makes the streams that are missing and builds the index. Errors of the broker wrap
 // cas.ErrUnavailable. The Store works without Run, but knows of what other processes store only by
@@ -55,10 +51,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		small: api{conn: cfg.Small, timeout: cfg.RequestTimeout},
 		bulk:  api{conn: cfg.Bulk, timeout: cfg.RequestTimeout},
 	}
-	if s.smallWrites, err = newPublisher(cfg.Small, cfg.RequestTimeout); err != nil {
+	if s.smallWrites, err = newPublisher(cfg.Small); err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
 	}
-	if s.bulkWrites, err = newPublisher(cfg.Bulk, ackMemory*cfg.StallTimeout); err != nil {
+	if s.bulkWrites, err = newPublisher(cfg.Bulk); err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
 	}
 	live, err := openGenerations(ctx, s.smallWrites.js, cfg, nil)

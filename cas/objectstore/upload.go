@@ -146,7 +146,7 @@ func (u *upload) publish(ctx context.Context, data []byte) error {
 // await returns when at most n chunks are not acknowledged.
 func (u *upload) await(ctx context.Context, n int) error {
 	for len(u.unacked) > n {
-		sequence, err := u.unacked[0].ack.waitFor(ctx, u.store.cfg.StallTimeout)
+		sequence, err := u.unacked[0].ack.wait(ctx, u.store.cfg.StallTimeout)
 		if err != nil {
 			// Even a busy stream ends the upload: it may have stored later chunks, and this one sent
 			// again would come behind them. What may still arrive is waited for by abandon.
@@ -198,7 +198,8 @@ func (u *upload) storeMetadata(ctx context.Context, after uint64, data []byte) e
 		if err != nil {
 			return u.resolve(ctx, err)
 		}
-		_, err = a.wait(ctx)
+		defer a.forget()
+		_, err = a.wait(ctx, u.store.cfg.RequestTimeout)
 		if err == nil || errors.Is(err, errExists) || errors.Is(err, errBusy) || errors.Is(err, cas.ErrFull) {
 			return err
 		}
@@ -239,8 +240,9 @@ func (u *upload) abandon(ctx context.Context) {
 	defer cancel()
 	var err error
 	for _, c := range u.unacked {
-		if _, silence := c.ack.wait(cleaning); !c.ack.answered {
+		if _, silence := c.ack.wait(cleaning, s.cfg.RequestTimeout); !c.ack.answered() {
 			err = silence
+			c.ack.forget()
 		}
 		u.bucket.budget.Release(c.size)
 	}
