@@ -14,26 +14,32 @@ import (
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
-// strip moves the bytes in a result into the CAS and leaves their digests (rows ACU-6, ACU-8).
+// strip is Strip into the cache's own blobs.
 func (c *Cache) strip(ctx context.Context, space digest.Space, result *repb.ActionResult) error {
-	if err := c.move(ctx, space, "stdout", &result.StdoutRaw, &result.StdoutDigest); err != nil {
+	return Strip(ctx, c.blobs, space, result)
+}
+
+// Strip moves the bytes in a result into blobs and leaves their digests (rows ACU-6, ACU-8). Bytes
+// that do not have the digest beside them are ErrInvalid.
+func Strip(ctx context.Context, blobs cas.Store, space digest.Space, result *repb.ActionResult) error {
+	if err := move(ctx, blobs, space, "stdout", &result.StdoutRaw, &result.StdoutDigest); err != nil {
 		return err
 	}
-	if err := c.move(ctx, space, "stderr", &result.StderrRaw, &result.StderrDigest); err != nil {
+	if err := move(ctx, blobs, space, "stderr", &result.StderrRaw, &result.StderrDigest); err != nil {
 		return err
 	}
 	for _, f := range result.GetOutputFiles() {
 		if f == nil {
 			return fmt.Errorf("%w: an output file is null", ErrInvalid)
 		}
-		if err := c.move(ctx, space, "output file "+digest.Quote(f.GetPath()), &f.Contents, &f.Digest); err != nil {
+		if err := move(ctx, blobs, space, "output file "+digest.Quote(f.GetPath()), &f.Contents, &f.Digest); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (c *Cache) move(ctx context.Context, space digest.Space, what string, data *[]byte, d **repb.Digest) error {
+func move(ctx context.Context, blobs cas.Store, space digest.Space, what string, data *[]byte, d **repb.Digest) error {
 	if len(*data) == 0 {
 		return nil
 	}
@@ -42,7 +48,7 @@ func (c *Cache) move(ctx context.Context, space digest.Space, what string, data 
 		return fmt.Errorf("%w: %s: the bytes have the digest %s, not %s/%d", ErrInvalid, what, sum.Blob(),
 			digest.Quote((*d).GetHash()), (*d).GetSizeBytes())
 	}
-	if err := c.blobs.Put(ctx, sum, bytes.NewReader(*data)); err != nil {
+	if err := blobs.Put(ctx, sum, bytes.NewReader(*data)); err != nil {
 		return fmt.Errorf("storing %s: %w", what, err)
 	}
 	*data, *d = nil, sum.Proto()
