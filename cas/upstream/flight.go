@@ -53,11 +53,12 @@ func (t *Tier) join(ctx context.Context, d digest.Digest) (*flight, error) {
 	return f, nil
 }
 
-// leave is the end of what join began.
+// leave is the end of what join began. A blob that is whole is stored even when nobody waits for it.
 func (t *Tier) leave(f *flight) {
+	whole := f.window.whole()
 	t.mu.Lock()
 	f.callers--
-	last := f.callers == 0 && t.flights[f.digest] == f
+	last := f.callers == 0 && t.flights[f.digest] == f && !whole
 	if last {
 		delete(t.flights, f.digest)
 	}

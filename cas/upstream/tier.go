@@ -34,11 +34,13 @@ type Tier struct {
 }
 
 var (
-	_ cas.Store     = (*Tier)(nil)
-	_ cas.Confirmer = (*Tier)(nil)
-	_ cas.Resumer   = (*Tier)(nil)
-	_ cas.Peeker    = (*Tier)(nil)
-	_ cas.Sizer     = (*Tier)(nil)
+	_ cas.Store       = (*Tier)(nil)
+	_ cas.Confirmer   = (*Tier)(nil)
+	_ cas.Resumer     = (*Tier)(nil)
+	_ cas.Peeker      = (*Tier)(nil)
+	_ cas.BatchPutter = (*Tier)(nil)
+	_ cas.BatchReader = (*Tier)(nil)
+	_ cas.Sizer       = (*Tier)(nil)
 )
 
 // fetches is how many blobs are fetched at once.
@@ -92,8 +94,7 @@ func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.Read
 	if err == nil || !errors.Is(err, cas.ErrNotFound) || d.IsImpossible() {
 		return r, err
 	}
-	r, failed := t.fetch(ctx, d, offset)
-	return r, t.verdict(ctx, err, failed)
+	return fetching{t, err}.Open(ctx, d, offset)
 }
 
 // verdict returns the error of a read whose blob is absent here and whose fetch ended with failed.
@@ -302,6 +303,49 @@ func (t *Tier) PutFrom(ctx context.Context, d digest.Digest, upload string, offs
 		t.offer(d)
 	}
 	return err
+}
+
+// PutBatch implements cas.BatchPutter.
+func (t *Tier) PutBatch(ctx context.Context, ds []digest.Digest, data [][]byte) []error {
+	errs := cas.PutBatch(ctx, t.local, arrivals, ds, data)
+	for i, d := range ds {
+		if errs[i] == nil {
+			t.offer(d)
+		}
+	}
+	return errs
+}
+
+// ReadBatch implements cas.BatchReader.
+func (t *Tier) ReadBatch(ctx context.Context, ds []digest.Digest) ([][]byte, []error) {
+	data, errs := cas.ReadBatch(ctx, t.local, arrivals, ds)
+	var group errgroup.Group
+	group.SetLimit(arrivals)
+	for i, err := range errs {
+		if !errors.Is(err, cas.ErrNotFound) || ds[i].IsImpossible() {
+			continue
+		}
+		group.Go(func() error {
+			data[i], errs[i] = cas.ReadAll(ctx, fetching{t, err}, ds[i], ds[i].Size())
+			return nil
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, errs
+	}
+	return data, errs
+}
+
+// fetching is the tier without its own store, in which a blob is absent.
+type fetching struct {
+	*Tier
+	absent error
+}
+
+// Open implements cas.Store.
+func (t fetching) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	r, err := t.fetch(ctx, d, offset)
+	return r, t.verdict(ctx, t.absent, err)
 }
 
 // Peek implements cas.Peeker.

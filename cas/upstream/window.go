@@ -79,6 +79,13 @@ func (w *window) aside() {
 	w.trim()
 }
 
+// whole tells whether all of the blob has come and was verified.
+func (w *window) whole() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.over && w.err == nil
+}
+
 // wanted tells whether anybody reads.
 func (w *window) wanted() bool {
 	w.mu.Lock()

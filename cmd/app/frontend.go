@@ -5,32 +5,33 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"slices"
 	"time"
 
 	"github.com/jetfarm/jetfarm/broker"
-	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cmd/run"
 	"github.com/jetfarm/jetfarm/frontend"
 )
 
 // Frontend serves the Remote Execution API.
 type Frontend struct {
-	natsFlags    `embed:""`
-	serveFlags   `embed:""`
-	httpFlags    `embed:""`
-	memoryFlags  `embed:""`
-	HTTP         string        `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
-	Replicas     int           `help:"Servers of the NATS cluster that hold each message: 1, 3 or 5. 0 keeps what is there." default:"0"`
-	DrainTimeout time.Duration `help:"How long open calls may go on after SIGTERM. Clients take up Execute streams that are cut at another frontend." default:"10s"`
-	CacheOnly    bool          `help:"Serve the cache without execution."`
-	Data         string        `help:"Directory of a cache of blobs on disk. Default: blobs are not kept on disk." type:"path" placeholder:"DIR"`
-	DiskCache    size          `help:"Bytes of blobs kept below the directory of --data; 0 keeps none." default:"10GiB"`
+	natsFlags     `embed:""`
+	serveFlags    `embed:""`
+	httpFlags     `embed:""`
+	memoryFlags   `embed:""`
+	upstreamFlags `embed:""`
+	HTTP          string        `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
+	Replicas      int           `help:"Servers of the NATS cluster that hold each message: 1, 3 or 5. 0 keeps what is there." default:"0"`
+	DrainTimeout  time.Duration `help:"How long open calls may go on after SIGTERM. Clients take up Execute streams that are cut at another frontend." default:"10s"`
+	CacheOnly     bool          `help:"Serve the cache without execution."`
+	Data          string        `help:"Directory of a cache of blobs on disk. Default: blobs are not kept on disk." type:"path" placeholder:"DIR"`
+	DiskCache     size          `help:"Bytes of blobs kept below the directory of --data; 0 keeps none." default:"10GiB"`
 }
 
 func (f *Frontend) validate() error {
 	errs := []error{
 		checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas), f.checkInstances(),
-		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(),
+		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(), f.checkUpstream(),
 	}
 	if f.DrainTimeout < 0 {
 		errs = append(errs, run.UsageError{Err: errors.New("--drain-timeout is negative")})
@@ -69,7 +70,12 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 	if err != nil {
 		return err
 	}
-	server := newFrontend(p, farm, blobs, f.serveFlags, !f.CacheOnly)
+	stores, err := f.behind(ctx, p, farm, blobs)
+	if err != nil {
+		return err
+	}
+	defer stores.close(context.WithoutCancel(ctx), p)
+	server := newFrontend(p, farm, stores, f.serveFlags, !f.CacheOnly)
 	handler := server.HTTP(run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: farm.metrics, Pprof: f.Pprof}))
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, server, handler, f.DrainTimeout, func(ctx context.Context) error {
@@ -82,13 +88,13 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 			<-ctx.Done()
 			return context.Cause(ctx)
 		})
-	}, append(farm.services(), tier.services()...)...)
+	}, slices.Concat(farm.services(), tier.services(), stores.services())...)
 }
 
-// newFrontend makes the API server of a farm, which reads and writes blobs through the tiers given.
-func newFrontend(p *process, farm *farm, blobs cas.Store, flags serveFlags, execute bool) *frontend.Server {
+// newFrontend makes the API server of a farm, which reads and writes the stores given.
+func newFrontend(p *process, farm *farm, stores *served, flags serveFlags, execute bool) *frontend.Server {
 	cfg := frontend.Config{
-		Blobs: blobs, Actions: farm.actions, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
+		Blobs: stores.blobs, Actions: stores.results, Executed: stores.executed, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
 		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, Instances: flags.Instance,
 	}
 	return frontend.New(cfg)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/jetfarm/jetfarm/broker"
@@ -16,6 +17,7 @@ type Up struct {
 	executionFlags `embed:""`
 	httpFlags      `embed:""`
 	memoryFlags    `embed:""`
+	upstreamFlags  `embed:""`
 	Data           string `help:"Directory of everything the farm keeps. Default: the user's state directory." type:"path" placeholder:"DIR"`
 	HTTP           string `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Listen         string `help:"Address at which more workers, frontends and NATS tools reach the embedded NATS server." default:"127.0.0.1:0"`
@@ -30,7 +32,7 @@ const lastGrace = 2 * time.Second
 func (u *Up) run(ctx context.Context, p *process) error {
 	platform, err := u.executionFlags.validate()
 	addresses := checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen})
-	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes())
+	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes(), u.checkUpstream())
 	if err != nil {
 		return err
 	}
@@ -70,7 +72,12 @@ func (u *Up) run(ctx context.Context, p *process) error {
 	if err != nil {
 		return err
 	}
-	api := newFrontend(p, farm, blobs, u.serveFlags, true)
+	stores, err := u.behind(ctx, p, farm, blobs)
+	if err != nil {
+		return err
+	}
+	defer stores.close(context.WithoutCancel(ctx), p)
+	api := newFrontend(p, farm, stores, u.serveFlags, true)
 	handler := api.HTTP(run.Probes(run.ProbeConfig{Ready: api.Ready, Gatherer: farm.metrics, Pprof: u.Pprof}))
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, api, handler, lastGrace, func(ctx context.Context) error {
@@ -82,5 +89,5 @@ func (u *Up) run(ctx context.Context, p *process) error {
 			}
 			return executor.serve(ctx)
 		})
-	}, append(farm.services(), executor.services()...)...)
+	}, slices.Concat(farm.services(), executor.services(), stores.services())...)
 }
