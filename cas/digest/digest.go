@@ -9,42 +9,12 @@ import (
 	"strconv"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"github.com/zeebo/blake3"
 )
 
 // ErrInvalid reports a digest, instance name, digest function or resource name that is not well
 // formed or not supported. The text names the value and what is wrong with it.
 var ErrInvalid = errors.New("invalid digest")
-
-// Function is a digest function that this farm computes.
-type Function uint8
-
-// SHA256 is the digest function of FIPS 180-4 with a hash of 64 hex digits.
-const SHA256 Function = Function(repb.DigestFunction_SHA256)
-
-// Functions lists the supported functions, the default first.
-func Functions() []Function { return []Function{SHA256} }
-
-// Proto returns the function as REAPI's enum.
-func (f Function) Proto() repb.DigestFunction_Value { return repb.DigestFunction_Value(f) }
-
-// String returns the lower-case name of the function.
-func (f Function) String() string {
-	if f == SHA256 {
-		return "sha256"
-	}
-	return "function-" + strconv.Itoa(int(f))
-}
-
-// HexLen is the length of a hash of this function in hex digits.
-func (f Function) HexLen() int { return 2 * sha256.Size }
-
-// Empty is the hash of zero bytes.
-func (f Function) Empty() string { return emptySHA256 }
-
-// New returns a fresh hasher.
-func (f Function) New() hash.Hash { return sha256.New() }
-
-const emptySHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 // Space is a key space: blobs and action results of one space are invisible in every other.
 // The zero Space is not valid; SpaceOf makes one.
@@ -54,23 +24,26 @@ type Space struct {
 }
 
 // SpaceOf returns the space of an instance name and a digest function. A function of UNKNOWN is
-// inferred from hash, which may be empty, as REAPI's digest_function fields ask (checklist rows
-// GEN-12 to GEN-15). The error wraps ErrInvalid.
+// inferred from the length of hash, or the default when that is empty, as REAPI's digest_function
+// fields ask (checklist rows GEN-12 to GEN-15). The error wraps ErrInvalid.
 func SpaceOf(instance string, fn repb.DigestFunction_Value, hash string) (Space, error) {
 	if err := checkInstance(instance); err != nil {
 		return Space{}, err
 	}
-	switch fn {
-	case repb.DigestFunction_SHA256:
-	case repb.DigestFunction_UNKNOWN:
-		if hash != "" && len(hash) != SHA256.HexLen() {
-			return Space{}, fmt.Errorf("%w: hash %s has %d digits, sha256 has %d (supported digest functions: sha256)",
-				ErrInvalid, Quote(hash), len(hash), SHA256.HexLen())
+	f := SHA256
+	switch {
+	case fn != repb.DigestFunction_UNKNOWN:
+		f = Function(fn) //nolint:gosec // A value that does not fit is refused by the comparison.
+		if !f.supported() || f.Proto() != fn {
+			return Space{}, fmt.Errorf("%w: digest function %v is not supported (%s)", ErrInvalid, fn, supported)
 		}
-	default:
-		return Space{}, fmt.Errorf("%w: digest function %v is not supported (supported digest functions: sha256)", ErrInvalid, fn)
+	case hash != "":
+		if f = inferred(len(hash)); f == 0 {
+			return Space{}, fmt.Errorf("%w: hash %s has %d digits, no digest function that may be left unnamed has (%s)",
+				ErrInvalid, Quote(hash), len(hash), supported)
+		}
 	}
-	return Space{instance: instance, function: SHA256}, nil
+	return Space{instance: instance, function: f}, nil
 }
 
 // Instance is REAPI's instance name, which may be empty and may contain slashes.
@@ -90,7 +63,7 @@ func (s Space) Parse(d *repb.Digest) (Digest, error) {
 
 // New returns the digest of a hash and a size. The error wraps ErrInvalid.
 func (s Space) New(hash string, size int64) (Digest, error) {
-	if len(hash) != s.function.HexLen() {
+	if len(hash) != s.function.HexLen() || hash == "" {
 		return Digest{}, fmt.Errorf("%w: hash %s has %d digits, %v has %d", ErrInvalid, Quote(hash), len(hash), s.function, s.function.HexLen())
 	}
 	for i := range len(hash) {
@@ -106,8 +79,17 @@ func (s Space) New(hash string, size int64) (Digest, error) {
 
 // Of returns the digest of data.
 func (s Space) Of(data []byte) Digest {
-	sum := sha256.Sum256(data)
-	return Digest{space: s, hash: hex.EncodeToString(sum[:]), size: int64(len(data))}
+	switch s.function {
+	case SHA256:
+		sum := sha256.Sum256(data)
+		return Digest{space: s, hash: hex.EncodeToString(sum[:]), size: int64(len(data))}
+	case BLAKE3: // Its hasher is large.
+		sum := blake3.Sum256(data)
+		return Digest{space: s, hash: hex.EncodeToString(sum[:]), size: int64(len(data))}
+	}
+	h := s.function.New()
+	h.Write(data)
+	return s.Sum(h, int64(len(data)))
 }
 
 // Sum returns the digest of what has been written to h, a hasher of this space's function, which
@@ -148,12 +130,15 @@ func (d Digest) IsImpossible() bool {
 func (d Digest) Proto() *repb.Digest { return &repb.Digest{Hash: d.hash, SizeBytes: d.size} }
 
 // String returns the ByteStream read name of the blob, which ParseRead accepts.
-func (d Digest) String() string { return d.space.prefix() + "blobs/" + d.subject() }
+func (d Digest) String() string { return Read{Digest: d}.String() }
 
 // Blob returns the name without the instance, the subject of a MISSING violation (row EXA-8).
-func (d Digest) Blob() string { return "blobs/" + d.subject() }
+func (d Digest) Blob() string { return "blobs/" + d.path() }
 
-func (d Digest) subject() string { return d.hash + "/" + strconv.FormatInt(d.size, 10) }
+// path is the part of a resource name that says which blob.
+func (d Digest) path() string {
+	return d.space.function.component() + d.hash + "/" + strconv.FormatInt(d.size, 10)
+}
 
 func (s Space) prefix() string {
 	if s.instance == "" {

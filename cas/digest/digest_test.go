@@ -1,8 +1,11 @@
 package digest_test
 
 import (
+	"encoding/hex"
 	"errors"
+	"fmt"
 	"math"
+	"os"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -64,22 +67,30 @@ func TestSpaceOf(t *testing.T) {
 		_, err := digest.SpaceOf(instance, repb.DigestFunction_SHA256, "")
 		wantInvalid(t, name, err)
 	}
+	const unknown = repb.DigestFunction_UNKNOWN
 	for name, test := range map[string]struct {
 		function repb.DigestFunction_Value
 		hash     string
-		ok       bool
+		want     digest.Function // 0 for an error
 	}{
-		"sha256": {repb.DigestFunction_SHA256, "", true}, "sha256 with any hash": {repb.DigestFunction_SHA256, "xyz", true},
-		"inferred": {repb.DigestFunction_UNKNOWN, helloHash, true}, "nothing to infer from": {repb.DigestFunction_UNKNOWN, "", true},
-		"sha1 by length": {repb.DigestFunction_UNKNOWN, helloHash[:40], false}, "md5 by length": {repb.DigestFunction_UNKNOWN, helloHash[:32], false},
-		"sha512 by length": {repb.DigestFunction_UNKNOWN, helloHash + helloHash, false},
-		"sha1":             {repb.DigestFunction_SHA1, "", false}, "blake3": {repb.DigestFunction_BLAKE3, helloHash, false},
-		"unknown number": {77, helloHash, false}, "negative number": {-1, helloHash, false},
+		"sha256": {digest.SHA256.Proto(), "", digest.SHA256}, "sha256 with any hash": {digest.SHA256.Proto(), "xyz", digest.SHA256},
+		"nothing to infer from": {unknown, "", digest.SHA256}, "64 digits": {unknown, helloHash, digest.SHA256},
+		"40 digits": {unknown, helloHash[:40], digest.SHA1}, "96 digits": {unknown, helloHash + helloHash[:32], digest.SHA384},
+		"128 digits": {unknown, helloHash + helloHash, digest.SHA512},
+		"sha1":       {digest.SHA1.Proto(), "", digest.SHA1}, "sha384": {digest.SHA384.Proto(), "", digest.SHA384},
+		"sha512": {digest.SHA512.Proto(), helloHash, digest.SHA512}, "blake3": {digest.BLAKE3.Proto(), helloHash, digest.BLAKE3},
+		"sha256tree": {digest.SHA256TREE.Proto(), helloHash, digest.SHA256TREE},
+		"32 digits":  {unknown, helloHash[:32], 0}, "63 digits": {unknown, helloHash[1:], 0}, "1 digit": {unknown, "0", 0},
+		"md5": {repb.DigestFunction_MD5, "", 0}, "gitsha1": {repb.DigestFunction_GITSHA1, helloHash[:40], 0},
+		"vso": {repb.DigestFunction_VSO, helloHash, 0}, "murmur3": {repb.DigestFunction_MURMUR3, helloHash[:32], 0},
+		"unknown number": {77, helloHash, 0}, "negative number": {-1, helloHash, 0},
+		"number modulo 256": {256 + digest.BLAKE3.Proto(), helloHash, 0}, "zero modulo 256": {256, helloHash, 0},
 	} {
 		s, err := digest.SpaceOf("main", test.function, test.hash)
-		if !test.ok {
+		switch {
+		case test.want == 0:
 			wantInvalid(t, name, err)
-		} else if err != nil || s != space(t, "main") {
+		case err != nil || s.Function() != test.want || s.Instance() != "main":
 			t.Errorf("%s: %v, error %v", name, s, err)
 		}
 	}
@@ -157,17 +168,114 @@ func TestEmptyAndImpossible(t *testing.T) {
 	}
 }
 
-func TestFunction(t *testing.T) {
+// spaces are one key space for each function.
+func spaces(t testing.TB, instance string) []digest.Space {
+	t.Helper()
+	var out []digest.Space
 	for _, f := range digest.Functions() {
-		if f.HexLen() != 2*f.New().Size() || len(f.Empty()) != f.HexLen() || f.Proto() == repb.DigestFunction_UNKNOWN {
+		s, err := digest.SpaceOf(instance, f.Proto(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+func TestFunction(t *testing.T) {
+	// The hashes of abc, from FIPS 180-4 and the vectors of BLAKE3.
+	abc := map[digest.Function]string{
+		digest.SHA256:     "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+		digest.SHA256TREE: "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+		digest.SHA1:       "a9993e364706816aba3e25717850c26c9cd0d89d",
+		digest.SHA384:     "cb00753f45a35e8bb5a03d699ac65007272c32ab0eded1631a8b605a43ff5bed8086072ba1e7cc2358baeca134c825a7",
+		digest.SHA512: "ddaf35a193617abacc417349ae20413112e6fa4e89a97ea20a9eeee64b55d39a" +
+			"2192992a274fc1a836ba3c23a3feebbd454d4423643ce80e2a9ac94fa54ca49f",
+		digest.BLAKE3: "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85",
+	}
+	if digest.Functions()[0] != digest.SHA256 || len(digest.Functions()) != len(abc) {
+		t.Errorf("functions %v", digest.Functions())
+	}
+	for _, s := range spaces(t, "x") {
+		f := s.Function()
+		if f.HexLen() != 2*f.New().Size() || len(f.Empty()) != f.HexLen() || f.HexLen() < 40 || f.HexLen() > digest.MaxHexLen || f.Proto() == repb.DigestFunction_UNKNOWN {
 			t.Errorf("%v is not consistent", f)
 		}
 		if want := strings.ToLower(f.Proto().String()); f.String() != want {
 			t.Errorf("name %q, want %q", f, want)
 		}
+		d := s.Of([]byte("abc"))
+		if d.Hash() != abc[f] || d.Size() != 3 {
+			t.Errorf("%v of abc is %v", f, d)
+		}
+		h := f.New()
+		for _, c := range []byte("abc") {
+			h.Write([]byte{c})
+		}
+		if sum := s.Sum(h, 3); sum != d {
+			t.Errorf("%v byte by byte is %v, want %v", f, sum, d)
+		}
+		if empty := s.Of(nil); !empty.IsEmpty() || empty.IsImpossible() || empty.Hash() != f.Empty() || d.IsEmpty() {
+			t.Errorf("the empty blob of %v is %v", f, empty)
+		}
+		checkDigest(t, d)
 	}
 	if digest.Function(99).String() == digest.SHA256.String() {
 		t.Error("an unknown function has the name of another")
+	}
+	var none digest.Space
+	if d, err := none.New("", 0); err == nil || (digest.Digest{}).IsEmpty() || d.IsEmpty() {
+		t.Error("a Space or a Digest that is none names the empty blob")
+	}
+}
+
+// TestSHA256TREE compares with the vectors that REAPI publishes, in writes of every shape.
+func TestSHA256TREE(t *testing.T) {
+	vectors, err := os.ReadFile("testdata/sha256tree.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, 4<<20)
+	for i := range data {
+		data[i] = byte(i % 251)
+	}
+	h := digest.SHA256TREE.New()
+	seen := 0
+	for line := range strings.Lines(string(vectors)) {
+		if line[0] == '#' {
+			continue
+		}
+		var size int
+		var want string
+		if _, err := fmt.Sscan(line, &size, &want); err != nil {
+			t.Fatal(err)
+		}
+		seen++
+		for _, step := range []int{size, 1, 64, 1000, 1023, 1024, 1025, 4096, 100_000} {
+			if step == 1 && size > 100_000 {
+				continue
+			}
+			h.Reset()
+			for rest := data[:size]; len(rest) > 0; rest = rest[min(step, len(rest)):] {
+				h.Write(rest[:min(step, len(rest))])
+				if len(rest)%7 == 0 && step > 1000 {
+					h.Sum(nil) // changes nothing
+				}
+			}
+			if got := hex.EncodeToString(h.Sum(nil)); got != want {
+				t.Errorf("%d bytes in writes of %d: %s, want %s", size, step, got, want)
+			}
+		}
+	}
+	if seen == 0 {
+		t.Error("no vectors")
+	}
+	// Up to a leaf it is SHA-256.
+	for _, size := range []int{0, 1, 1023, 1024} {
+		tree, plain := spaces(t, "")[5].Of(data[:size]), space(t, "").Of(data[:size])
+		if tree.Hash() != plain.Hash() || tree == plain {
+			t.Errorf("%d bytes: %v, SHA-256 is %v", size, tree, plain)
+		}
 	}
 }
 
@@ -179,14 +287,16 @@ func TestToken(t *testing.T) {
 		if s.Token() != token {
 			t.Errorf("%q: token %q, want %q", instance, s.Token(), token)
 		}
-		back, err := digest.ParseToken(token)
-		if err != nil || back != s {
-			t.Errorf("%q: parsed as %v, error %v", token, back, err)
+		for _, s := range spaces(t, instance) {
+			token := strings.Replace(token, "sha256", s.Function().String(), 1)
+			if back, err := digest.ParseToken(token); err != nil || back != s || s.Token() != token {
+				t.Errorf("%q: parsed as %v, error %v, its token is %q", token, back, err, s.Token())
+			}
 		}
 	}
 	for _, token := range []string{
-		"", "-", "sha1", "SHA256", "sha256-", "sha256-=", "sha256-bWFpbg==", "sha256-bWFpbh", "sha256-bWFp bg", "sha256-YS8vYg", "sha256-YmxvYnM",
-		"sha256.bWFpbg", "sha256-bWFpbg\n", "sha256-bWFp\nbg", "sha256-bWFp\r\nbg", "blake3-bWFpbg", "sha256-" + strings.Repeat("YWFh", 100), "sha256-_w",
+		"", "-", "md5", "unknown", "SHA256", "sha256-", "sha256-=", "sha256-bWFpbg==", "sha256-bWFpbh", "sha256-bWFp bg", "sha256-YS8vYg", "sha256-YmxvYnM",
+		"sha256.bWFpbg", "sha256-bWFpbg\n", "sha256-bWFp\nbg", "sha256-bWFp\r\nbg", "BLAKE3-bWFpbg", "-bWFpbg", "sha256-" + strings.Repeat("YWFh", 100), "sha256-_w",
 	} {
 		s, err := digest.ParseToken(token)
 		if err == nil {

@@ -24,7 +24,33 @@ var badNames = map[string]string{
 	"upper case":         "blobs/" + strings.ToUpper(helloHash) + "/5",
 	"short hash":         "blobs/" + helloHash[1:] + "/5",
 	"long hash":          "blobs/" + helloHash + "0/5",
-	"sha1":               "blobs/" + helloHash[:40] + "/5",
+	"40 digits of many":  "blobs/" + helloHash[:41] + "/5",
+	"md5":                "blobs/" + helloHash[:32] + "/5",
+	"blake3 with sha1":   "blobs/blake3/" + helloHash[:40] + "/5",
+	"blake3 alone":       "blobs/blake3",
+	"blake3 no hash":     "blobs/blake3/5",
+	"blake3 no size":     "blobs/blake3/" + helloHash,
+	"blake3 twice":       "blobs/blake3/blake3/" + helloHash + "/5",
+	"two functions":      "blobs/blake3/sha256tree/" + helloHash + "/5",
+	"upper blake3":       "blobs/BLAKE3/" + helloHash + "/5",
+	"upper sha256tree":   "blobs/Sha256tree/" + helloHash + "/5",
+	"named sha1":         "blobs/sha1/" + helloHash[:40] + "/5",
+	"named sha384":       "blobs/sha384/" + helloHash + helloHash[:32] + "/5",
+	"named sha512":       "blobs/sha512/" + helloHash + helloHash + "/5",
+	"named gitsha1":      "blobs/gitsha1/" + helloHash[:40] + "/5",
+	"named md5":          "blobs/md5/" + helloHash[:32] + "/5",
+	"function is empty":  "blobs//" + helloHash + "/5",
+	"identity":           "compressed-blobs/identity/" + helloHash + "/5",
+	"gzip":               "compressed-blobs/gzip/" + helloHash + "/5",
+	"deflate":            "compressed-blobs/deflate/" + helloHash + "/5",
+	"upper zstd":         "compressed-blobs/ZSTD/" + helloHash + "/5",
+	"zstd and space":     "compressed-blobs/zstd%20/" + helloHash + "/5",
+	"zstd after":         "compressed-blobs/blake3/zstd/" + helloHash + "/5",
+	"zstd as blob":       "blobs/zstd/" + helloHash + "/5",
+	"zstd twice":         "compressed-blobs/zstd/zstd/" + helloHash + "/5",
+	"zstd sha256":        "compressed-blobs/zstd/sha256/" + helloHash + "/5",
+	"zstd no size":       "compressed-blobs/zstd/" + helloHash,
+	"zstd short hash":    "compressed-blobs/zstd/" + helloHash[1:] + "/5",
 	"hash not hex":       "blobs/" + "zz" + helloHash[2:] + "/5",
 	"negative size":      "blobs/" + helloHash + "/-5",
 	"size minus zero":    "blobs/" + helloHash + "/-0",
@@ -40,7 +66,6 @@ var badNames = map[string]string{
 	"doubled slash":      "blobs//" + helloHash + "/5",
 	"function component": "blobs/sha256/" + helloHash + "/5",
 	"upper function":     "blobs/SHA256/" + helloHash + "/5",
-	"other function":     "blobs/blake3/" + helloHash + "/5",
 	"compressor":         "compressed-blobs/zip/" + helloHash + "/5",
 	"no compressor":      "compressed-blobs/" + helloHash + "/5",
 	"compressor only":    "compressed-blobs/zstd",
@@ -48,6 +73,32 @@ var badNames = map[string]string{
 	"blobs twice":        "blobs/blobs/" + helloHash + "/5",
 	"zero byte":          "blobs/" + helloHash + "/5\x00",
 	"upper Blobs":        "Blobs/" + helloHash + "/5",
+}
+
+// goodNames are names of blobs in every function and form.
+func goodNames(t testing.TB) map[string]digest.Read {
+	long := helloHash + helloHash
+	want := func(hash string, f digest.Function, c digest.Compressor) digest.Read {
+		s, err := digest.SpaceOf("", f.Proto(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := s.New(hash, 5)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return digest.Read{Digest: d, Compressor: c}
+	}
+	names := make(map[string]digest.Read)
+	for prefix, c := range map[string]digest.Compressor{"blobs/": digest.Identity, "compressed-blobs/zstd/": digest.Zstd} {
+		names[prefix+long[:40]+"/5"] = want(long[:40], digest.SHA1, c)
+		names[prefix+long[:64]+"/5"] = want(long[:64], digest.SHA256, c)
+		names[prefix+long[:96]+"/5"] = want(long[:96], digest.SHA384, c)
+		names[prefix+long+"/5"] = want(long, digest.SHA512, c)
+		names[prefix+"blake3/"+long[:64]+"/5"] = want(long[:64], digest.BLAKE3, c)
+		names[prefix+"sha256tree/"+long[:64]+"/5"] = want(long[:64], digest.SHA256TREE, c)
+	}
+	return names
 }
 
 // TestParseRead is rows GEN-5, GEN-6, GEN-18, RD-1, RD-15, RD-16 and RD-20.
@@ -62,8 +113,17 @@ func TestParseRead(t *testing.T) {
 		if want := space(t, instance).Of([]byte("hello")); r.Digest != want {
 			t.Errorf("%q: %+v, want %v", name, r, want)
 		}
-		if r.Digest.String() != name {
+		if r.Digest.String() != name || r.Compressor != digest.Identity {
 			t.Errorf("%q is printed as %q", name, r.Digest)
+		}
+	}
+	for name, want := range goodNames(t) {
+		for _, prefix := range []string{"", "main/", "a/b/"} {
+			r, err := digest.ParseRead(prefix + name)
+			if err != nil || r.String() != prefix+name || r.Compressor != want.Compressor ||
+				r.Digest.Hash() != want.Digest.Hash() || r.Digest.Space().Function() != want.Digest.Space().Function() {
+				t.Errorf("%q: %v, error %v", prefix+name, r, err)
+			}
 		}
 	}
 	for name, v := range badNames {
@@ -101,6 +161,16 @@ func TestParseWrite(t *testing.T) {
 			}
 		}
 	}
+	for name, want := range goodNames(t) {
+		for _, prefix := range []string{"", "main/", "a/b/"} {
+			again := prefix + "uploads/" + upload + "/" + name
+			w, err := digest.ParseWrite(again + "/blobs/x")
+			if err != nil || w.String() != again || w.Compressor != want.Compressor || w.Upload != upload ||
+				w.Digest.Hash() != want.Digest.Hash() || w.Digest.Space().Function() != want.Digest.Space().Function() {
+				t.Errorf("%q: %v, error %v", again, w, err)
+			}
+		}
+	}
 	for name, v := range badNames {
 		for _, prefix := range []string{"", "main/", "a/b/"} {
 			_, err := digest.ParseWrite(prefix + "uploads/" + upload + "/" + v)
@@ -124,6 +194,9 @@ func FuzzParseRead(f *testing.F) {
 	f.Add(blob)
 	f.Add("a/b/" + blob)
 	f.Add("über/" + blob)
+	for v := range goodNames(f) {
+		f.Add("x/" + v)
+	}
 	for _, v := range badNames {
 		f.Add(v)
 	}
@@ -133,8 +206,8 @@ func FuzzParseRead(f *testing.F) {
 			checkError(t, err)
 			return
 		}
-		if r.Digest.String() != name {
-			t.Errorf("%q is printed as %q", name, r.Digest)
+		if r.String() != name {
+			t.Errorf("%q is printed as %q", name, r)
 		}
 		checkDigest(t, r.Digest)
 	})
@@ -143,6 +216,9 @@ func FuzzParseRead(f *testing.F) {
 func FuzzParseWrite(f *testing.F) {
 	f.Add("uploads/" + upload + "/" + blob)
 	f.Add("a/b/uploads/" + upload + "/" + blob + "/metadata/x")
+	for v := range goodNames(f) {
+		f.Add("x/uploads/" + upload + "/" + v + "/x")
+	}
 	for _, v := range badNames {
 		f.Add("main/uploads/" + upload + "/" + v)
 	}
@@ -152,8 +228,7 @@ func FuzzParseWrite(f *testing.F) {
 			checkError(t, err)
 			return
 		}
-		instance := w.Digest.Space().Instance()
-		again := strings.TrimPrefix(instance+"/uploads/"+w.Upload+"/"+w.Digest.Blob(), "/")
+		again := w.String()
 		if metadata, ok := strings.CutPrefix(name, again); !ok || (metadata != "" && metadata[0] != '/') {
 			t.Errorf("%q is printed as %q", name, again)
 		}
@@ -162,7 +237,7 @@ func FuzzParseWrite(f *testing.F) {
 }
 
 func FuzzParseToken(f *testing.F) {
-	for _, token := range []string{"sha256", "sha256-bWFpbg", "sha256-YS9i", "sha256-Ki4-", "sha256-", "blake3", "sha256-bWFpbh", "sha256-bWFp\nbg"} {
+	for _, token := range []string{"sha256", "sha256-bWFpbg", "sha256-YS9i", "sha256-Ki4-", "sha256-", "blake3", "sha256tree-YS9i", "sha1", "sha512-eA", "sha256-bWFpbh", "sha256-bWFp\nbg"} {
 		f.Add(token)
 	}
 	f.Fuzz(func(t *testing.T, token string) {

@@ -4,8 +4,6 @@ import (
 	"encoding/base64"
 	"fmt"
 	"strings"
-
-	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 )
 
 // Token is the space as one NATS subject token, which is also a legal KV key part and file name:
@@ -20,14 +18,15 @@ func (s Space) Token() string {
 // ParseToken is the inverse of Token and accepts nothing else. The error wraps ErrInvalid.
 func ParseToken(token string) (Space, error) {
 	function, encoded, named := strings.Cut(token, "-")
-	if function != SHA256.String() {
+	f := functionNamed(function)
+	if !f.supported() {
 		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
 	}
 	instance, err := base64.RawURLEncoding.Strict().DecodeString(encoded)
 	if err != nil || (named && len(instance) == 0) {
 		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
 	}
-	s, err := SpaceOf(string(instance), repb.DigestFunction_SHA256, "")
+	s, err := SpaceOf(string(instance), f.Proto(), "")
 	if err == nil && s.Token() != token { // The decoder skips line ends.
 		return Space{}, fmt.Errorf("%w: %s is not the token of a key space", ErrInvalid, Quote(token))
 	}
