@@ -39,6 +39,9 @@ func (b *byteStream) Read(req *bytestream.ReadRequest, stream bytestream.ByteStr
 	if err != nil {
 		return err
 	}
+	if err := checkCompressor(name.Compressor); err != nil {
+		return err
+	}
 	d, offset, limit := name.Digest, req.GetReadOffset(), req.GetReadLimit()
 	if offset < 0 || offset > d.Size() {
 		return fmt.Errorf("%w: read_offset %d of a blob of %d bytes", errRange, offset, d.Size())
@@ -144,6 +147,14 @@ func (w *download) send(data mem.Buffer) error {
 	}
 	w.left -= n
 	w.sent += n
+	return nil
+}
+
+// checkCompressor refuses blobs that travel compressed.
+func checkCompressor(c digest.Compressor) error {
+	if c != digest.Identity {
+		return fmt.Errorf("%w: compressed-blobs are not supported, use blobs/", errInvalid)
+	}
 	return nil
 }
 

@@ -20,10 +20,13 @@ func TestCapabilities(t *testing.T) {
 		t.Fatalf("GetCapabilities: %v", err)
 	}
 	priorities := &repb.PriorityCapabilities{Priorities: []*repb.PriorityCapabilities_PriorityRange{{MinPriority: -1000, MaxPriority: 1000}}}
-	sha256 := []repb.DigestFunction_Value{repb.DigestFunction_SHA256}
+	functions := []repb.DigestFunction_Value{
+		repb.DigestFunction_SHA256, repb.DigestFunction_BLAKE3, repb.DigestFunction_SHA1,
+		repb.DigestFunction_SHA384, repb.DigestFunction_SHA512, repb.DigestFunction_SHA256TREE,
+	}
 	want := &repb.ServerCapabilities{
 		CacheCapabilities: &repb.CacheCapabilities{
-			DigestFunctions:               sha256,
+			DigestFunctions:               functions,
 			ActionCacheUpdateCapabilities: &repb.ActionCacheUpdateCapabilities{},
 			CachePriorityCapabilities:     priorities,
 			MaxBatchTotalSizeBytes:        4063232,
@@ -31,7 +34,7 @@ func TestCapabilities(t *testing.T) {
 			SymlinkAbsolutePathStrategy:   repb.SymlinkAbsolutePathStrategy_ALLOWED,
 		},
 		ExecutionCapabilities: &repb.ExecutionCapabilities{
-			DigestFunction: repb.DigestFunction_SHA256, DigestFunctions: sha256, ExecEnabled: true,
+			DigestFunction: repb.DigestFunction_SHA256, DigestFunctions: functions, ExecEnabled: true,
 			ExecutionPriorityCapabilities: priorities,
 		},
 		DeprecatedApiVersion: &semver.SemVer{Major: 2},

@@ -50,6 +50,9 @@ func (c *content) FindMissingBlobs(ctx context.Context, req *repb.FindMissingBlo
 	if err != nil {
 		return nil, err
 	}
+	if room := c.limits.room(space.Function()); len(asked) > room {
+		return nil, fmt.Errorf("%w: the request has %d digests, at most %d of %v are allowed", errInvalid, len(asked), room, space.Function())
+	}
 	ds := make([]digest.Digest, len(asked))
 	for i, d := range asked {
 		if ds[i], err = space.Parse(d); err != nil {
@@ -97,13 +100,16 @@ func (c *content) BatchUpdateBlobs(ctx context.Context, req *repb.BatchUpdateBlo
 			return nil, err
 		}
 	}
+	room, err := answerRoom(c.limits, asked, (*repb.BatchUpdateBlobsRequest_Request).GetDigest)
+	if err != nil {
+		return nil, err
+	}
 	errs, err := c.store(ctx, space, asked)
 	if err != nil {
 		return nil, err
 	}
 	c.metrics.received.WithLabelValues("batch").Add(float64(total))
 	response := &repb.BatchUpdateBlobsResponse{Responses: make([]*repb.BatchUpdateBlobsResponse_Response, len(asked))}
-	room := c.limits.MaxResponseBytes - len(asked)*entryBytes
 	for i, r := range asked {
 		response.Responses[i] = &repb.BatchUpdateBlobsResponse_Response{
 			Digest: clipDigest(r.GetDigest()),
@@ -183,12 +189,15 @@ func (c *content) BatchReadBlobs(ctx context.Context, req *repb.BatchReadBlobsRe
 	if err != nil {
 		return nil, err
 	}
+	room, err := answerRoom(c.limits, asked, func(d *repb.Digest) *repb.Digest { return d })
+	if err != nil {
+		return nil, err
+	}
 	reads, err := c.fetch(ctx, space, asked)
 	if err != nil {
 		return nil, err
 	}
 	response := &repb.BatchReadBlobsResponse{Responses: make([]*repb.BatchReadBlobsResponse_Response, len(asked))}
-	room := c.limits.MaxResponseBytes - len(asked)*entryBytes
 	sent := 0
 	for i, d := range asked {
 		read := reads[i]
@@ -265,10 +274,23 @@ func onRead(err error) error {
 	return err
 }
 
+// answerRoom is what a batch answer has left for data and texts when every digest is in it as the
+// client sent it, which need not be with a hash of the right length.
+func answerRoom[T any](l Limits, asked []T, digestOf func(T) *repb.Digest) (int, error) {
+	room := l.MaxResponseBytes
+	for _, entry := range asked {
+		room -= entryBytes(len(clipDigest(digestOf(entry)).GetHash()))
+	}
+	if room < 0 {
+		return 0, fmt.Errorf("%w: the answer for %d digests would be larger than %d bytes", errInvalid, len(asked), l.MaxResponseBytes)
+	}
+	return room, nil
+}
+
 // clipDigest is a digest as the client sent it, unless its hash is so long that echoing it would
 // make the answer large. It is never nil.
 func clipDigest(d *repb.Digest) *repb.Digest {
-	const longest = 128
+	const longest = digest.MaxHexLen
 	if d == nil {
 		return &repb.Digest{}
 	}

@@ -92,7 +92,7 @@ func badDigests() map[string]*repb.Digest {
 		"X-3 path":           {Hash: "../../../../../../../../../../../../../../../../../../etc/passwd", SizeBytes: 1},
 		"X-2 63 digits":      {Hash: hash[:63], SizeBytes: 1},
 		"X-2 65 digits":      {Hash: hash + "0", SizeBytes: 1},
-		"GEN-14 40 digits":   {Hash: hash[:40], SizeBytes: 1},
+		"GEN-14 32 digits":   {Hash: hash[:32], SizeBytes: 1},
 		"X-2 no digits":      {SizeBytes: 1},
 		"GEN-10 negative":    {Hash: hash, SizeBytes: -1},
 		"X-4 very negative":  {Hash: hash, SizeBytes: -1 << 63},

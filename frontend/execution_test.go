@@ -205,7 +205,7 @@ func TestExecuteRequestErrors(t *testing.T) {
 		"X-102 priority":      {ActionDigest: valid, ExecutionPolicy: &repb.ExecutionPolicy{Priority: -1 << 31}},
 		"EXA-29 priority":     {ActionDigest: valid, ResultsCachePolicy: &repb.ResultsCachePolicy{Priority: -1001}},
 		"GEN-15 function":     {ActionDigest: valid, DigestFunction: 77},
-		"GEN-13 BLAKE3":       {ActionDigest: valid, DigestFunction: repb.DigestFunction_BLAKE3},
+		"GEN-15 GITSHA1":      {ActionDigest: valid, DigestFunction: repb.DigestFunction_GITSHA1},
 		"GEN-4 instance name": {ActionDigest: valid, InstanceName: "a/blobs"},
 		"GEN-11 nothing":      {},
 	} {

@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
 // Limits bounds every size, count and time that a client controls. A zero field takes its default.
@@ -17,7 +19,7 @@ type Limits struct {
 	// MaxBatchBytes is the advertised max_batch_total_size_bytes. 4 MiB - 128 KiB by default.
 	MaxBatchBytes int64
 	// MaxDigests bounds the digests in one request. 40 000 by default, whose answers fit into
-	// MaxResponseBytes.
+	// MaxResponseBytes; of a digest function with longer hashes than SHA-256 as many as fit.
 	MaxDigests int
 	// MaxBlobBytes is the advertised max_cas_blob_size_bytes. 64 GiB by default.
 	MaxBlobBytes int64
@@ -125,7 +127,7 @@ func (l Limits) Validate() error {
 	check(int64(l.MaxReceiveBytes) >= l.MaxBatchBytes+64<<10, "max receive bytes %d is not 64 KiB above max batch bytes %d", l.MaxReceiveBytes, l.MaxBatchBytes)
 	check(l.MaxResponseBytes >= 128<<10 && l.MaxResponseBytes < mostSent, "max response bytes %d is not from 128 KiB to below 4 MiB, what clients receive", l.MaxResponseBytes)
 	check(l.MaxBatchBytes < int64(l.MaxResponseBytes), "max batch bytes %d is not below max response bytes %d", l.MaxBatchBytes, l.MaxResponseBytes)
-	check(l.MaxDigests > 0 && l.MaxDigests <= l.MaxResponseBytes/entryBytes, "max digests %d is not from 1 to %d, what max response bytes has room for", l.MaxDigests, l.MaxResponseBytes/entryBytes)
+	check(l.MaxDigests > 0 && l.MaxDigests <= l.room(digest.SHA256), "max digests %d is not from 1 to %d, what max response bytes has room for", l.MaxDigests, l.room(digest.SHA256))
 	check(l.MaxBlobBytes >= l.MaxBatchBytes, "max blob bytes %d is below max batch bytes %d", l.MaxBlobBytes, l.MaxBatchBytes)
 	check(l.BatchConcurrency > 0 && l.BatchConcurrency <= 1024, "batch concurrency %d is not from 1 to 1024", l.BatchConcurrency)
 	check(l.ReadChunkBytes >= 4<<10 && l.ReadChunkBytes <= 1<<20, "read chunk bytes %d is not from 4 KiB to 1 MiB", l.ReadChunkBytes)
@@ -145,6 +147,15 @@ func (l Limits) Validate() error {
 	return errors.Join(problems...)
 }
 
-// entryBytes is the most that a batch answer needs for one digest and a status without text: the
-// entry's tag and length, the digest with a hash of 64 digits and a size of 9 bytes, and a code.
-const entryBytes = 2 + (2 + 66 + 10) + 4
+// entryBytes is the most that an answer needs for one digest with a hash of this many digits and a
+// status without text: the entry's tag and length, the digest with a size of 9 bytes, and a code.
+func entryBytes(digits int) int {
+	head := 2 // a tag and a length
+	if digits > 96 {
+		head = 3 // a length of two bytes
+	}
+	return head + (head + (head + digits) + 10) + 4
+}
+
+// room is how many digests of a function MaxResponseBytes has room for.
+func (l Limits) room(f digest.Function) int { return l.MaxResponseBytes / entryBytes(f.HexLen()) }

@@ -46,6 +46,9 @@ func (b *byteStream) target(ctx context.Context, name string) (digest.Write, err
 	if err != nil {
 		return digest.Write{}, err
 	}
+	if err := checkCompressor(w.Compressor); err != nil {
+		return digest.Write{}, err
+	}
 	if w.Digest.Size() > b.limits.MaxBlobBytes {
 		return digest.Write{}, fmt.Errorf("%w: blob %v is larger than %d bytes, the most that is stored", errInvalid, w.Digest, b.limits.MaxBlobBytes)
 	}
@@ -132,6 +135,9 @@ func (b *byteStream) QueryWriteStatus(ctx context.Context, req *bytestream.Query
 	}
 	w, err := digest.ParseWrite(req.GetResourceName())
 	if err != nil {
+		return nil, err
+	}
+	if err := checkCompressor(w.Compressor); err != nil {
 		return nil, err
 	}
 	switch err := b.present(ctx, w.Digest); {

@@ -10,12 +10,15 @@ import (
 	"testing"
 	"time"
 
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"google.golang.org/genproto/googleapis/rpc/code"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/cas/digest"
 	"github.com/jetfarm/jetfarm/worker"
 )
 
@@ -59,6 +62,43 @@ func TestActionRunsOnItsInputs(t *testing.T) {
 			t.Errorf("exe is %v", exe)
 		}
 	})
+}
+
+// The digest function of the action is that of everything it produces.
+func TestOutputsHaveTheDigestFunctionOfTheAction(t *testing.T) {
+	f := newFarm(t)
+	f.worker("auto", nil)
+	for _, function := range digest.Functions() {
+		t.Run(function.String(), func(t *testing.T) {
+			var err error
+			if f.space, err = digest.SpaceOf("main", function.Proto(), ""); err != nil {
+				t.Fatal(err)
+			}
+			a := sh(`mkdir -p dir/sub; cp in.txt dir/sub/f; cat in.txt dir/sub/f > out.txt; cat in.txt; cat in.txt >&2`)
+			a.outputs("out.txt", "dir")
+			a.files = map[string]string{"in.txt": "made with " + function.String()}
+			action := f.store(a)
+			r := f.wait(f.submit(broker.Request{Action: action}))
+			res := r.GetResult()
+			if statusCode(r) != code.Code_OK || len(res.GetOutputFiles()) != 1 || len(res.GetOutputDirectories()) != 1 {
+				t.Fatalf("response is %v", r)
+			}
+			in := a.files["in.txt"]
+			if got := f.blob(res.GetOutputFiles()[0].GetDigest()) + f.blob(res.GetStdoutDigest()) + f.blob(res.GetStderrDigest()); got != in+in+in+in {
+				t.Errorf("outputs are %q", got)
+			}
+			tree := &repb.Tree{}
+			if err := proto.Unmarshal([]byte(f.blob(res.GetOutputDirectories()[0].GetTreeDigest())), tree); err != nil {
+				t.Fatal(err)
+			}
+			if len(tree.GetChildren()) != 1 || f.blob(tree.GetChildren()[0].GetFiles()[0].GetDigest()) != in {
+				t.Errorf("tree is %v", tree)
+			}
+			if got, err := f.cache.Get(t.Context(), action); err != nil || got == nil {
+				t.Errorf("the cache has %v, %v", got, err)
+			}
+		})
+	}
 }
 
 func TestResultEntersTheCacheOnlyWhenItMay(t *testing.T) {

@@ -193,6 +193,36 @@ func testSpaces(t *testing.T, s cas.Store) {
 	}
 }
 
+// testFunctions stores blobs of every digest function, and checks that equal hashes of two functions
+// are two blobs (row GEN-17).
+func testFunctions(t *testing.T, s cas.Store) {
+	for _, f := range digest.Functions() {
+		for _, instance := range []string{"", "a/b", strings.Repeat("functions/", 25) + "x"} {
+			space, err := digest.SpaceOf(instance, f.Proto(), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, size := range []int{1000, 600 << 10} {
+				d, data := Blob(space, size)
+				wantAbsent(t, s, d)
+				wantError(t, "Put of other bytes", s.Put(t.Context(), d, bytes.NewReader(make([]byte, size))), cas.ErrMismatch)
+				put(t, s, d, data)
+				wantBlob(t, s, d, data)
+				for _, other := range digest.Functions() {
+					if foreign, err := digest.SpaceOf(instance, other.Proto(), ""); err != nil {
+						t.Fatal(err)
+					} else if twin, err := foreign.New(d.Hash(), d.Size()); err == nil && other != f {
+						wantAbsent(t, s, twin)
+					}
+				}
+			}
+			empty := space.Of(nil)
+			wantMissing(t, s, []digest.Digest{empty}, nil)
+			wantBlob(t, s, empty, nil)
+		}
+	}
+}
+
 func testMissingOrder(t *testing.T, s cas.Store) {
 	wantMissing(t, s, nil, nil)
 	space := Space(t, "")

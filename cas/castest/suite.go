@@ -36,6 +36,7 @@ func Run(t *testing.T, open func(testing.TB) cas.Store) {
 		{"Empty", testEmpty},
 		{"Impossible", testImpossible},
 		{"Spaces", testSpaces},
+		{"Functions", testFunctions},
 		{"WrongSize", testWrongSize},
 		{"Mismatch", testMismatch},
 		{"EndlessSource", testEndlessSource},

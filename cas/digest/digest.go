@@ -35,12 +35,12 @@ func SpaceOf(instance string, fn repb.DigestFunction_Value, hash string) (Space,
 	case fn != repb.DigestFunction_UNKNOWN:
 		f = Function(fn) //nolint:gosec // A value that does not fit is refused by the comparison.
 		if !f.supported() || f.Proto() != fn {
-			return Space{}, fmt.Errorf("%w: digest function %v is not supported (%s)", ErrInvalid, fn, supported)
+			return Space{}, fmt.Errorf("%w: digest function %v is not supported (%s)", ErrInvalid, fn, supported())
 		}
 	case hash != "":
 		if f = inferred(len(hash)); f == 0 {
 			return Space{}, fmt.Errorf("%w: hash %s has %d digits, no digest function that may be left unnamed has (%s)",
-				ErrInvalid, Quote(hash), len(hash), supported)
+				ErrInvalid, Quote(hash), len(hash), supported())
 		}
 	}
 	return Space{instance: instance, function: f}, nil
@@ -86,10 +86,11 @@ func (s Space) Of(data []byte) Digest {
 	case BLAKE3: // Its hasher is large.
 		sum := blake3.Sum256(data)
 		return Digest{space: s, hash: hex.EncodeToString(sum[:]), size: int64(len(data))}
+	default:
+		h := s.function.New()
+		h.Write(data)
+		return s.Sum(h, int64(len(data)))
 	}
-	h := s.function.New()
-	h.Write(data)
-	return s.Sum(h, int64(len(data)))
 }
 
 // Sum returns the digest of what has been written to h, a hasher of this space's function, which

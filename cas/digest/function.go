@@ -4,7 +4,6 @@ import (
 	"crypto/sha1" //nolint:gosec // Clients choose it, REAPI names it.
 	"crypto/sha256"
 	"crypto/sha512"
-	"encoding/hex"
 	"hash"
 	"slices"
 	"strconv"
@@ -37,68 +36,65 @@ func Functions() []Function {
 // MaxHexLen is the length of the longest hash of any function, in hex digits.
 const MaxHexLen = 2 * sha512.Size
 
-// traits is what this package knows of a function.
-type traits struct {
-	name   string
-	digits int
-	empty  string
-	// explicit functions are never inferred and have a segment in resource names, the others must
-	// not have one (rows GEN-13, GEN-18).
-	explicit bool
-}
+func (f Function) supported() bool { return slices.Contains(Functions(), f) }
 
-// known has the traits of the functions by their numbers.
-var known = [...]traits{
-	SHA256:     trait(SHA256, false),
-	BLAKE3:     trait(BLAKE3, true),
-	SHA1:       trait(SHA1, false),
-	SHA384:     trait(SHA384, false),
-	SHA512:     trait(SHA512, false),
-	SHA256TREE: trait(SHA256TREE, true),
-}
-
-func trait(f Function, explicit bool) traits {
-	empty := hex.EncodeToString(f.New().Sum(nil))
-	return traits{name: strings.ToLower(f.Proto().String()), digits: len(empty), empty: empty, explicit: explicit}
-}
-
-// supported lists the functions for error texts.
-var supported = "supported digest functions: " + strings.Join(names(), ", ")
-
-func names() []string {
-	var out []string
-	for _, f := range Functions() {
-		out = append(out, f.String())
-	}
-	return out
-}
-
-func (f Function) supported() bool { return int(f) < len(known) && known[f].digits > 0 }
-
-// traits are those of the default for a function that is none, which no valid Space has.
-func (f Function) traits() *traits {
-	if !f.supported() {
-		return &known[SHA256]
-	}
-	return &known[f]
-}
+// explicit functions are never inferred and have a segment in resource names; the others must not have
+// one (rows GEN-13, GEN-18).
+func (f Function) explicit() bool { return f == BLAKE3 || f == SHA256TREE }
 
 // Proto returns the function as REAPI's enum.
 func (f Function) Proto() repb.DigestFunction_Value { return repb.DigestFunction_Value(f) }
 
 // String returns the lower-case name of the function.
 func (f Function) String() string {
-	if !f.supported() {
+	switch f {
+	case SHA256:
+		return "sha256"
+	case BLAKE3:
+		return "blake3"
+	case SHA1:
+		return "sha1"
+	case SHA384:
+		return "sha384"
+	case SHA512:
+		return "sha512"
+	case SHA256TREE:
+		return "sha256tree"
+	default:
 		return "function-" + strconv.Itoa(int(f))
 	}
-	return known[f].name
 }
 
 // HexLen is the length of a hash of this function in hex digits, from 40 to MaxHexLen.
-func (f Function) HexLen() int { return f.traits().digits }
+func (f Function) HexLen() int {
+	switch f {
+	case SHA1:
+		return 2 * sha1.Size
+	case SHA384:
+		return 2 * sha512.Size384
+	case SHA512:
+		return 2 * sha512.Size
+	default:
+		return 2 * sha256.Size
+	}
+}
 
 // Empty is the hash of zero bytes.
-func (f Function) Empty() string { return f.traits().empty }
+func (f Function) Empty() string {
+	switch f {
+	case BLAKE3:
+		return "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+	case SHA1:
+		return "da39a3ee5e6b4b0d3255bfef95601890afd80709"
+	case SHA384:
+		return "38b060a751ac96384cd9327eb1b1e36a21fdb71114be07434c0cc7bf63f6e1da274edebfe76f65fbd51ad2f14898b95b"
+	case SHA512:
+		return "cf83e1357eefb8bdf1542850d66d8007d620e4050b5715dc83f4a921d36ce9ce" +
+			"47d0d13c5d85f2b0ff8318d2877eec2f63b931bd47417a81a538327af927da3e"
+	default:
+		return "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+	}
+}
 
 // New returns a fresh hasher.
 func (f Function) New() hash.Hash {
@@ -113,24 +109,25 @@ func (f Function) New() hash.Hash {
 		return sha512.New()
 	case SHA256TREE:
 		return newTree()
+	default:
+		return sha256.New()
 	}
-	return sha256.New()
 }
 
 // component is the segment of resource names with its slash, empty where it must be left out.
 func (f Function) component() string {
-	if !f.supported() || !known[f].explicit {
+	if !f.explicit() {
 		return ""
 	}
-	return known[f].name + "/"
+	return f.String() + "/"
 }
 
 // inferred is the function whose hashes have this many digits and which a client need not name, or 0
 // (row GEN-12).
 func inferred(digits int) Function {
-	for f := range known {
-		if known[f].digits == digits && !known[f].explicit {
-			return Function(f) //nolint:gosec // an index of known
+	for _, f := range Functions() {
+		if f.HexLen() == digits && !f.explicit() {
+			return f
 		}
 	}
 	return 0
@@ -138,6 +135,19 @@ func inferred(digits int) Function {
 
 // functionNamed is the function with this lower-case name, or 0.
 func functionNamed(name string) Function {
-	i := slices.IndexFunc(known[:], func(t traits) bool { return t.digits > 0 && t.name == name })
-	return Function(max(i, 0)) //nolint:gosec // an index of known
+	for _, f := range Functions() {
+		if f.String() == name {
+			return f
+		}
+	}
+	return 0
+}
+
+// supported lists the functions for error texts.
+func supported() string {
+	var names []string
+	for _, f := range Functions() {
+		names = append(names, f.String())
+	}
+	return "supported digest functions: " + strings.Join(names, ", ")
 }

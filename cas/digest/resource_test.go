@@ -77,6 +77,7 @@ var badNames = map[string]string{
 
 // goodNames are names of blobs in every function and form.
 func goodNames(t testing.TB) map[string]digest.Read {
+	t.Helper()
 	long := helloHash + helloHash
 	want := func(hash string, f digest.Function, c digest.Compressor) digest.Read {
 		s, err := digest.SpaceOf("", f.Proto(), "")

@@ -10,12 +10,6 @@ import (
 // leafSize is the size of the pieces of a blob that SHA256TREE hashes with plain SHA-256.
 const leafSize = 1024
 
-// nodeState is the state of the block cipher under which two hashes become one: the first eight words
-// of SHA-384, from the square roots of the 9th to the 16th prime.
-var nodeState = [8]uint32{
-	0xcbbb9d5d, 0x629a292a, 0x9159015a, 0x152fecd8, 0x67332667, 0x8eb44a87, 0xdb0c2e0d, 0x47b5481d,
-}
-
 // tree computes REAPI's SHA256TREE (DigestFunction.SHA256TREE in its proto): a binary tree over
 // leaves of 1 KiB, whose left sides have a power of two of them. It keeps one hash for each level
 // that waits for its right side, 2 KiB for the largest blob there can be.
@@ -31,19 +25,33 @@ type tree struct {
 	leaves uint64    // before it
 	left   [][sha256.Size]byte
 
-	node  hash.Hash
-	start []byte // the saved form of node in nodeState
+	node  saver
+	start []byte // the saved form of node under which two hashes become one
 	saved []byte // scratch, as is sum
 	sum   [sha256.Size]byte
+}
+
+// saver is a SHA-256 as the standard library has it.
+type saver interface {
+	hash.Hash
+	encoding.BinaryAppender
+	encoding.BinaryUnmarshaler
 }
 
 // stateAt is where the saved form of a SHA-256 has its eight words, after four bytes of magic.
 const stateAt = 4
 
 func newTree() *tree {
-	t := &tree{leaf: sha256.New(), node: sha256.New()}
-	t.start = save(t.node, nil)
-	for i, word := range nodeState {
+	node, ok := sha256.New().(saver)
+	if !ok {
+		panic("a SHA-256 cannot be saved")
+	}
+	t := &tree{leaf: sha256.New(), node: node}
+	t.start = t.save(nil)
+	// The first eight words of SHA-384, from the square roots of the 9th to the 16th prime.
+	for i, word := range [...]uint32{
+		0xcbbb9d5d, 0x629a292a, 0x9159015a, 0x152fecd8, 0x67332667, 0x8eb44a87, 0xdb0c2e0d, 0x47b5481d,
+	} {
 		binary.BigEndian.PutUint32(t.start[stateAt+4*i:], word)
 	}
 	return t
@@ -97,19 +105,20 @@ func (t *tree) Sum(b []byte) []byte {
 
 // merge replaces t.sum by the hash of the inner node of left and t.sum.
 func (t *tree) merge(left *[sha256.Size]byte) {
-	if err := t.node.(encoding.BinaryUnmarshaler).UnmarshalBinary(t.start); err != nil {
+	if err := t.node.UnmarshalBinary(t.start); err != nil {
 		panic("a SHA-256 does not take its own saved form: " + err.Error())
 	}
 	t.node.Write(left[:])
 	t.node.Write(t.sum[:])
-	t.saved = save(t.node, t.saved[:0])
-	for i, word := range nodeState {
-		binary.BigEndian.PutUint32(t.sum[4*i:], binary.BigEndian.Uint32(t.saved[stateAt+4*i:])-word)
+	t.saved = t.save(t.saved[:0])
+	for i := stateAt; i < stateAt+sha256.Size; i += 4 {
+		word := binary.BigEndian.Uint32(t.saved[i:]) - binary.BigEndian.Uint32(t.start[i:])
+		binary.BigEndian.PutUint32(t.sum[i-stateAt:], word)
 	}
 }
 
-func save(h hash.Hash, b []byte) []byte {
-	b, err := h.(encoding.BinaryAppender).AppendBinary(b)
+func (t *tree) save(b []byte) []byte {
+	b, err := t.node.AppendBinary(b)
 	if err != nil {
 		panic("a SHA-256 cannot be saved: " + err.Error())
 	}

@@ -7,6 +7,8 @@ import (
 // key is what a file is looked up by. It has no pointer, so a million of them cost the garbage
 // collector nothing.
 type key struct {
+	// hash is that of the blob in 256 bits: a longer one is cut, since half of a SHA-512 says as much as
+	// a SHA-256, and a shorter one has zeros at its end.
 	hash       [32]byte
 	space      uint32 // of index.spaces
 	executable bool

@@ -26,14 +26,17 @@ const maxSize = maxChunks * chunkSize
 
 // objectInfo is the stock form of an object store's metadata.
 func objectInfo(b *bucket, d digest.Digest, nuid string) jetstream.ObjectInfo {
-	return jetstream.ObjectInfo{
+	info := jetstream.ObjectInfo{
 		ObjectMeta: jetstream.ObjectMeta{Name: d.String()},
 		Bucket:     b.name,
 		NUID:       nuid,
 		Size:       uint64(d.Size()),    //nolint:gosec // not negative
 		Chunks:     uint32(chunksOf(d)), //nolint:gosec // at most maxChunks
-		Digest:     "SHA-256=" + objectDigest(d),
 	}
+	if d.Space().Function() == digest.SHA256 {
+		info.Digest = "SHA-256=" + objectDigest(d)
+	}
+	return info
 }
 
 // infoSize is about as long as the metadata of a small blob.
@@ -57,9 +60,12 @@ func appendObjectInfo(out []byte, b *bucket, d digest.Digest, nuid string) []byt
 	out = strconv.AppendInt(out, d.Size(), 10)
 	out = append(out, `,"mtime":"0001-01-01T00:00:00Z","chunks":`...)
 	out = strconv.AppendInt(out, int64(chunksOf(d)), 10)
-	out = append(out, `,"digest":"SHA-256=`...)
-	out = append(out, objectDigest(d)...)
-	return append(out, `"}`...)
+	if d.Space().Function() == digest.SHA256 {
+		out = append(out, `,"digest":"SHA-256=`...)
+		out = append(out, objectDigest(d)...)
+		out = append(out, '"')
+	}
+	return append(out, '}')
 }
 
 // isPlain tells a string that JSON writes as it is.
@@ -72,7 +78,7 @@ func isPlain(s string) bool {
 	return true
 }
 
-// objectDigest is the SHA-256 of the content, which stock clients check, in padded base64url.
+// objectDigest is the hash of a SHA-256 digest, which stock clients check, in padded base64url.
 func objectDigest(d digest.Digest) string {
 	hash := d.Hash()
 	sum := make([]byte, len(hash)/2)
