@@ -8,7 +8,7 @@ BENCHTIME  ?= 1s
 COUNT      ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills clean
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills test-compose clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-cas: ## run the benchmarks of the storage through a real farm, see docs/PE
 
 soak-kills: ## kill broker and frontend at 50 random points of uploads, takes two minutes
 	JETFARM_KILLS=50 $(GO) test -run '^TestBlobsAreWholeAfterKills$$' -v ./integration
+
+test-compose: build ## run deployments/compose.yaml with a docker engine of its own, as root; takes minutes
+	JETFARM_COMPOSE=1 $(GO) test -run '^TestCompose$$' -count=1 -timeout=25m -v ./integration
 
 clean: ## remove what build made
 	rm -rf bin

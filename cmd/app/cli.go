@@ -24,6 +24,7 @@ type CLI struct {
 	Frontend Frontend `cmd:"" help:"Serve the Remote Execution API. Any number may run; they hold no state."`
 	Worker   Worker   `cmd:"" help:"Execute actions. Any number may run; each takes what it has room for."`
 	Bazelrc  Bazelrc  `cmd:"" help:"Print the .bazelrc lines that make Bazel use this farm."`
+	Probe    Probe    `cmd:"" help:"Ask a role whether it is ready; for health checks in containers."`
 	Version  Version  `cmd:"" help:"Print the version."`
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 )
 
@@ -31,8 +32,8 @@ type Config struct {
 	Slots int
 	// Dir holds the execution roots. It exists and belongs to the pool alone.
 	Dir string
-	// FirstUID begins the range of MaxSlots user IDs that slots take theirs from; 0 means 58000. IDs
-	// with an entry in the user database are left out.
+	// FirstUID begins the range of MaxSlots user IDs that slots take theirs from; 0 means 58000, and
+	// 56000 in a container. IDs with an entry in the user database are left out.
 	FirstUID int
 	// Log is told which mode was chosen and why not a stronger one. Never nil.
 	Log *slog.Logger
@@ -41,7 +42,21 @@ type Config struct {
 // MaxSlots is how many slots one host can have in all its workers together.
 const MaxSlots = 1900
 
-const defaultFirstUID = 58000
+const (
+	hostFirstUID      = 58000
+	containerFirstUID = 56000
+)
+
+// defaultFirstUID is another one in a container than on the host: a worker there does not see who has
+// which ID here, and the host's worker would kill what runs in the container under the same one.
+// Containers may share their range, since none sees the processes of another.
+func defaultFirstUID() int {
+	const initialNamespace = "pid:[4026531836]" // PROC_PID_INIT_INO of the kernel
+	if name, err := os.Readlink("/proc/self/ns/pid"); err == nil && name != initialNamespace {
+		return containerFirstUID
+	}
+	return hostFirstUID
+}
 
 // Pool is a fixed number of slots.
 type Pool struct {
@@ -62,7 +77,7 @@ func Open(cfg Config) (*Pool, error) {
 	}
 	p := &Pool{first: cfg.FirstUID, log: cfg.Log, free: make(chan *Slot, cfg.Slots)}
 	if p.first == 0 {
-		p.first = defaultFirstUID
+		p.first = defaultFirstUID()
 	}
 	dir, err := filepath.Abs(cfg.Dir)
 	if err != nil {
