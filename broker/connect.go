@@ -14,6 +14,9 @@ import (
 // requestTimeout bounds one request to the broker whose caller set no earlier deadline.
 const requestTimeout = 5 * time.Second
 
+// onceReconnects is how often a connection that did not wait for the server at first comes back.
+const onceReconnects = 20
+
 // ConnectConfig says where a connection goes.
 type ConnectConfig struct {
 	// Servers are NATS URLs. Ignored when Embedded is set.
@@ -22,12 +25,15 @@ type ConnectConfig struct {
 	Embedded *Server
 	// Name shows in the server's connection list.
 	Name string
+	// Once fails with the first error instead of waiting for the server, for commands that somebody
+	// watches.
+	Once bool
 	Log  *slog.Logger
 }
 
 // Connect opens a connection that reconnects for ever. It waits for the first one to succeed until
 // ctx ends, so processes may start in any order; what it could not reach is in the error and, once a
-// second, in the log.
+// second, in the log. With Once it does not wait.
 func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 	connected := make(chan struct{}, 1)
 	var refused atomic.Value
@@ -60,6 +66,9 @@ func Connect(ctx context.Context, cfg ConnectConfig) (*nats.Conn, error) {
 			refused.Store(err.Error())
 			cfg.Log.DebugContext(ctx, "nats reconnect failed", "name", cfg.Name, "err", err)
 		}),
+	}
+	if cfg.Once {
+		options = append(options, nats.RetryOnFailedConnect(false), nats.MaxReconnects(onceReconnects))
 	}
 	if cfg.Embedded != nil {
 		options = append(options, nats.InProcessServer(cfg.Embedded.nats))

@@ -61,6 +61,11 @@ func (b *Broker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer server.Stop()
+	forget, err := tellAddress(data, server.URL())
+	if err != nil {
+		return err
+	}
+	defer forget()
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	handler := run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: metrics, Pprof: b.Pprof})

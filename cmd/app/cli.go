@@ -23,6 +23,7 @@ type CLI struct {
 	Broker   Broker   `cmd:"" help:"Run a NATS server with JetStream, alone or as a member of a cluster."`
 	Frontend Frontend `cmd:"" help:"Serve the Remote Execution API. Any number may run; they hold no state."`
 	Worker   Worker   `cmd:"" help:"Execute actions. Any number may run; each takes what it has room for."`
+	CAS      CAS      `cmd:"" name:"cas" help:"Look into the blobs of a running farm, put, get, list and verify them."`
 	Bazelrc  Bazelrc  `cmd:"" help:"Print the .bazelrc lines that make Bazel use this farm."`
 	Probe    Probe    `cmd:"" help:"Ask a role whether it is ready; for health checks in containers."`
 	Version  Version  `cmd:"" help:"Print the version."`
@@ -50,7 +51,9 @@ after a clean stop, 1 after a failure and 2 for bad usage.`
 // process is what a command has of its surroundings.
 type process struct {
 	out io.Writer
-	log *slog.Logger
+	// progress is where a command that takes long tells how far it is.
+	progress io.Writer
+	log      *slog.Logger
 }
 
 // ready prints the line that says that a command serves.
@@ -97,7 +100,7 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err := level.UnmarshalText([]byte(cli.LogLevel)); err != nil {
 		return run.UsageError{Err: err}
 	}
-	p := &process{out: stdout, log: slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))}
+	p := &process{out: stdout, progress: stderr, log: slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))}
 	command, ok := reflect.TypeAssert[interface {
 		run(ctx context.Context, p *process) error
 	}](parsed.Selected().Target.Addr())

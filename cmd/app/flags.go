@@ -34,7 +34,7 @@ func (s *size) UnmarshalText(text []byte) error {
 
 // vars are the defaults that depend on the machine.
 func vars() kong.Vars {
-	return kong.Vars{"cpus": strconv.Itoa(runtime.NumCPU()), "hostname": hostname()}
+	return kong.Vars{"cpus": strconv.Itoa(runtime.NumCPU()), "hostname": hostname(), "default_nats": defaultNATS}
 }
 
 func hostname() string {

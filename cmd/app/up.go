@@ -58,6 +58,11 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer server.Stop()
+	forget, err := tellAddress(data, server.URL())
+	if err != nil {
+		return err
+	}
+	defer forget()
 	farm, err := openFarm(ctx, p, broker.ConnectConfig{Embedded: server, Name: "jetfarm up"}, u.farm(1))
 	if err != nil {
 		return err
