@@ -67,5 +67,8 @@ soak-kills: ## kill broker and frontend at 50 random points of uploads, takes tw
 test-compose: build ## run deployments/compose.yaml with a docker engine of its own, as root; takes minutes
 	JETFARM_COMPOSE=1 $(GO) test -run '^TestCompose$$' -count=1 -timeout=25m -v ./integration
 
+conformance: ## rewrite docs/CONFORMANCE.md from the names of the tests
+	$(GO) test ./integration/conformance -update
+
 clean: ## remove what build made
 	rm -rf bin
