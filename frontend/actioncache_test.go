@@ -96,7 +96,7 @@ func TestGetActionResult(t *testing.T) {
 }
 
 // Rows ACG-7 and X-154: what is large stays a digest.
-func TestACG_7_InlineIsBounded(t *testing.T) {
+func TestACG_7_X_154_GEN_27_InlineIsBounded(t *testing.T) {
 	h := start(t)
 	action, result := h.action(t), h.result(t)
 	result.StdoutDigest = h.put(t, random(8<<20)).Proto()
@@ -123,7 +123,7 @@ func TestACG_7_InlineIsBounded(t *testing.T) {
 	}
 }
 
-func TestACU_1_UpdatesAreOffByDefault(t *testing.T) {
+func TestACU_1_ACU_12_X_148_UpdatesAreOffByDefault(t *testing.T) {
 	h := start(t)
 	action := h.action(t)
 	_, err := h.ac.UpdateActionResult(t.Context(), &repb.UpdateActionResultRequest{ActionDigest: action.Proto(), ActionResult: h.result(t)})
@@ -132,7 +132,7 @@ func TestACU_1_UpdatesAreOffByDefault(t *testing.T) {
 	wantCode(t, "GetActionResult", err, codes.NotFound)
 }
 
-func TestACU_9_UpdateAndGet(t *testing.T) {
+func TestACU_6_ACU_9_ACU_10_ACU_11_UpdateAndGet(t *testing.T) {
 	h := start(t, allowUpdates)
 	action := h.action(t)
 	for i := range 2 {
@@ -185,15 +185,15 @@ func TestUpdateActionResultRefuses(t *testing.T) {
 		change func(*repb.UpdateActionResultRequest)
 		code   codes.Code
 	}{
-		"ACU-2 no result":     {func(r *repb.UpdateActionResultRequest) { r.ActionResult = nil }, bad},
-		"ACU-2 action digest": {func(r *repb.UpdateActionResultRequest) { r.ActionDigest = &repb.Digest{Hash: "x"} }, bad},
-		"ACU-2 absolute path": {file("/etc/passwd"), bad},
-		"ACU-2 escaping path": {file("../../x"), bad},
-		"ACU-2 empty path":    {file(""), bad},
-		"ACU-2 duplicate":     {file("a/b.o"), bad},
-		"ACU-2 nil digest":    {func(r *repb.UpdateActionResultRequest) { r.ActionResult.OutputFiles[0].Digest = nil }, bad},
-		"ACU-2 bad digest":    {func(r *repb.UpdateActionResultRequest) { r.ActionResult.OutputFiles[0].Digest.Hash = "ab" }, bad},
-		"ACU-2 bad stdout":    {func(r *repb.UpdateActionResultRequest) { r.ActionResult.StdoutDigest.SizeBytes = -1 }, bad},
+		"ACU-2 no result":           {func(r *repb.UpdateActionResultRequest) { r.ActionResult = nil }, bad},
+		"ACU-2 action digest":       {func(r *repb.UpdateActionResultRequest) { r.ActionDigest = &repb.Digest{Hash: "x"} }, bad},
+		"ACU-2 X-149 absolute path": {file("/etc/passwd"), bad},
+		"ACU-2 X-149 escaping path": {file("../../x"), bad},
+		"ACU-2 empty path":          {file(""), bad},
+		"ACU-2 X-149 duplicate":     {file("a/b.o"), bad},
+		"ACU-2 nil digest":          {func(r *repb.UpdateActionResultRequest) { r.ActionResult.OutputFiles[0].Digest = nil }, bad},
+		"ACU-2 X-149 bad digest":    {func(r *repb.UpdateActionResultRequest) { r.ActionResult.OutputFiles[0].Digest.Hash = "ab" }, bad},
+		"ACU-2 bad stdout":          {func(r *repb.UpdateActionResultRequest) { r.ActionResult.StdoutDigest.SizeBytes = -1 }, bad},
 		"ACU-2 no target": {func(r *repb.UpdateActionResultRequest) {
 			r.ActionResult.OutputSymlinks = []*repb.OutputSymlink{{Path: "l"}}
 		}, bad},
@@ -208,8 +208,8 @@ func TestUpdateActionResultRefuses(t *testing.T) {
 		"ACU-3 absent command": {func(r *repb.UpdateActionResultRequest) {
 			r.ActionDigest = h.action(t, func(a *repb.Action, _ *repb.Command) { a.CommandDigest = m.Proto() }).Proto()
 		}, codes.FailedPrecondition},
-		"ACU-4 absent output":   {func(r *repb.UpdateActionResultRequest) { r.ActionResult.OutputFiles[0].Digest = m.Proto() }, codes.FailedPrecondition},
-		"X-91 action is no one": {func(r *repb.UpdateActionResultRequest) { r.ActionDigest = h.put(t, []byte("text")).Proto() }, bad},
+		"ACU-4 X-149 absent output": {func(r *repb.UpdateActionResultRequest) { r.ActionResult.OutputFiles[0].Digest = m.Proto() }, codes.FailedPrecondition},
+		"X-91 action is no one":     {func(r *repb.UpdateActionResultRequest) { r.ActionDigest = h.put(t, []byte("text")).Proto() }, bad},
 	} {
 		t.Run(row, func(t *testing.T) {
 			req := &repb.UpdateActionResultRequest{ActionDigest: h.action(t).Proto(), ActionResult: h.result(t)}

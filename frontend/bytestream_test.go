@@ -61,7 +61,7 @@ func TestByteStreamRead(t *testing.T) {
 		{"whole large", dl, 0, 0, large, codes.OK},
 		{"RD-2 absent", absent(), 0, 0, nil, codes.NotFound},
 		{"RD-2 absent, at its end", absent(), 16, 0, nil, codes.NotFound},
-		{"RD-3 before", ds, -1, 0, nil, codes.OutOfRange},
+		{"RD-3 X-44 before", ds, -1, 0, nil, codes.OutOfRange},
 		{"RD-3 after", ds, 101, 0, nil, codes.OutOfRange},
 		{"X-44 far after", ds, 1<<63 - 1, 0, nil, codes.OutOfRange},
 		{"RD-4 at the end", ds, 100, 0, nil, codes.OK},
@@ -69,12 +69,12 @@ func TestByteStreamRead(t *testing.T) {
 		{"RD-5 limit", ds, 10, 5, small[10:15], codes.OK},
 		{"RD-5 limit in a large one", dl, 1<<20 - 3, 1<<20 + 7, large[1<<20-3 : 2<<20+4], codes.OK},
 		{"RD-5 limit at a chunk's end", dl, 0, 1 << 20, large[:1<<20], codes.OK},
-		{"RD-6 negative limit", ds, 0, -5, nil, codes.InvalidArgument},
+		{"RD-6 X-45 negative limit", ds, 0, -5, nil, codes.InvalidArgument},
 		{"RD-7 limit beyond", ds, 90, 1e9, small[90:], codes.OK},
 		{"RD-7 limit to the end", dl, 10, int64(len(large)) - 10, large[10:], codes.OK},
 		{"RD-19 offset", dl, 3 << 20, 0, large[3<<20:], codes.OK},
-		{"RD-11 empty", emptyDigest, 0, 0, nil, codes.OK},
-		{"GEN-21 impossible", impossibleDigest, 0, 0, nil, codes.NotFound},
+		{"RD-11 GEN-20 empty", emptyDigest, 0, 0, nil, codes.OK},
+		{"GEN-21 X-8 impossible", impossibleDigest, 0, 0, nil, codes.NotFound},
 		{"GEN-21 empty with a size", emptyWithSize, 0, 0, nil, codes.NotFound},
 		{"GEN-9 another size", must(space.New(ds.Hash(), 101)), 0, 0, nil, codes.NotFound},
 	} {
@@ -137,7 +137,7 @@ func TestGEN_25_ResourceNameHeader(t *testing.T) {
 }
 
 // Audit rows 6 and 13: a reader that leaves midway, a hundred times.
-func TestByteStreamRead_AbortMidway(t *testing.T) {
+func TestX_48_ReadersLeave(t *testing.T) {
 	h := start(t)
 	d := h.put(t, random(4<<20))
 	h.warm(t)

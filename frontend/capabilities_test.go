@@ -46,7 +46,7 @@ func TestCapabilities(t *testing.T) {
 	}
 }
 
-func TestCAP_13_UpdatesAsConfigured(t *testing.T) {
+func TestCAP_1_CAP_5_CAP_13_CacheOnly(t *testing.T) {
 	h := start(t, func(c *frontend.Config) { c.AllowActionCacheUpdates, c.ExecEnabled = true, false })
 	got, err := h.caps.GetCapabilities(t.Context(), &repb.GetCapabilitiesRequest{})
 	if err != nil {
@@ -63,7 +63,7 @@ func TestCAP_13_UpdatesAsConfigured(t *testing.T) {
 }
 
 // Rows GEN-4 and X-13 on every call that has an instance name.
-func TestGEN_4_InstanceNames(t *testing.T) {
+func TestGEN_4_X_13_InstanceNames(t *testing.T) {
 	h := start(t)
 	for _, instance := range []string{"x/blobs", "uploads", "a//b", "/a", "a/", "..", "a\x00b", strings.Repeat("x", 1<<20)} {
 		t.Run(name(instance[:min(8, len(instance))]), func(t *testing.T) {

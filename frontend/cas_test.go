@@ -54,7 +54,7 @@ func TestFindMissingBlobs(t *testing.T) {
 		{"FMB-1 only what is absent", []digest.Digest{p, m, q}, []digest.Digest{m}},
 		{"FMB-4 nothing", nil, nil},
 		{"FMB-5 duplicates once, in order", []digest.Digest{n, m, n, p, m}, []digest.Digest{n, m}},
-		{"FMB-6 empty and impossible", []digest.Digest{emptyDigest, impossibleDigest, emptyWithSize}, []digest.Digest{impossibleDigest, emptyWithSize}},
+		{"FMB-6 GEN-20 GEN-21 X-8 empty and impossible", []digest.Digest{emptyDigest, impossibleDigest, emptyWithSize}, []digest.Digest{impossibleDigest, emptyWithSize}},
 		{"GEN-9 the size is part of the digest", []digest.Digest{wrongSize}, []digest.Digest{wrongSize}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -87,16 +87,16 @@ func TestGEN_7_InstancesAreSeparate(t *testing.T) {
 func badDigests() map[string]*repb.Digest {
 	hash := absent().Hash()
 	return map[string]*repb.Digest{
-		"GEN-8 upper case":   {Hash: strings.ToUpper(strings.Repeat("a", 64)), SizeBytes: 1},
-		"X-3 not hex":        {Hash: strings.Repeat("g", 64), SizeBytes: 1},
-		"X-3 path":           {Hash: "../../../../../../../../../../../../../../../../../../etc/passwd", SizeBytes: 1},
-		"X-2 63 digits":      {Hash: hash[:63], SizeBytes: 1},
-		"X-2 65 digits":      {Hash: hash + "0", SizeBytes: 1},
-		"GEN-14 32 digits":   {Hash: hash[:32], SizeBytes: 1},
-		"X-2 no digits":      {SizeBytes: 1},
-		"GEN-10 negative":    {Hash: hash, SizeBytes: -1},
-		"X-4 very negative":  {Hash: hash, SizeBytes: -1 << 63},
-		"GEN-11 not present": nil,
+		"GEN-8 X-1 upper case":   {Hash: strings.ToUpper(strings.Repeat("a", 64)), SizeBytes: 1},
+		"X-3 not hex":            {Hash: strings.Repeat("g", 64), SizeBytes: 1},
+		"X-3 path":               {Hash: "../../../../../../../../../../../../../../../../../../etc/passwd", SizeBytes: 1},
+		"X-2 63 digits":          {Hash: hash[:63], SizeBytes: 1},
+		"X-2 65 digits":          {Hash: hash + "0", SizeBytes: 1},
+		"GEN-14 X-2 32 digits":   {Hash: hash[:32], SizeBytes: 1},
+		"X-2 no digits":          {SizeBytes: 1},
+		"GEN-10 X-4 negative":    {Hash: hash, SizeBytes: -1},
+		"X-4 very negative":      {Hash: hash, SizeBytes: -1 << 63},
+		"GEN-11 X-7 not present": nil,
 	}
 }
 
@@ -109,7 +109,7 @@ func TestFMB_3_BadDigests(t *testing.T) {
 			wantCode(t, "FindMissingBlobs", err, codes.InvalidArgument)
 		})
 	}
-	t.Run("GEN-15 unknown function", func(t *testing.T) {
+	t.Run("GEN-15 X-9 unknown function", func(t *testing.T) {
 		_, err := h.cas.FindMissingBlobs(t.Context(), &repb.FindMissingBlobsRequest{DigestFunction: 77, BlobDigests: protos(p)})
 		wantCode(t, "FindMissingBlobs", err, codes.InvalidArgument, "sha256")
 	})
@@ -139,7 +139,7 @@ func TestFMB_9_StoreIsDown(t *testing.T) {
 	wantCode(t, "FindMissingBlobs", err, codes.Unavailable)
 }
 
-func TestFindMissing_Cancelled(t *testing.T) {
+func TestGEN_28_FindMissingCancelled(t *testing.T) {
 	h := start(t, faulty(func(castest.Op, digest.Digest) castest.Fault { return castest.Fault{Stall: true} }))
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errors.New("enough"))
 	defer cancel()
@@ -187,14 +187,14 @@ func TestBatchUpdateBlobs(t *testing.T) {
 		ask  []*repb.BatchUpdateBlobsRequest_Request
 		want []codes.Code
 	}{
-		{"BUB-3 independent", []*repb.BatchUpdateBlobsRequest_Request{a, mismatch, b}, []codes.Code{ok, bad, ok}},
-		{"BUB-9 empty", []*repb.BatchUpdateBlobsRequest_Request{blob(nil)}, []codes.Code{ok}},
+		{"BUB-2 BUB-3 BUB-14 independent", []*repb.BatchUpdateBlobsRequest_Request{a, mismatch, b}, []codes.Code{ok, bad, ok}},
+		{"BUB-9 GEN-20 empty", []*repb.BatchUpdateBlobsRequest_Request{blob(nil)}, []codes.Code{ok}},
 		{"BUB-10 present, right bytes", []*repb.BatchUpdateBlobsRequest_Request{a}, []codes.Code{ok}},
 		{"BUB-10 present, wrong bytes", []*repb.BatchUpdateBlobsRequest_Request{{Digest: a.GetDigest(), Data: random(100)}}, []codes.Code{bad}},
 		{"BUB-11 twice", []*repb.BatchUpdateBlobsRequest_Request{blob([]byte("x")), blob([]byte("x"))}, []codes.Code{ok, ok}},
 		{"BUB-6 compressor", []*repb.BatchUpdateBlobsRequest_Request{{Digest: a.GetDigest(), Data: a.GetData(), Compressor: repb.Compressor_ZSTD}}, []codes.Code{bad}},
 		{"GEN-21 impossible", []*repb.BatchUpdateBlobsRequest_Request{{Digest: impossibleDigest.Proto()}, {Digest: emptyWithSize.Proto()}}, []codes.Code{bad, bad}},
-		{"D1 malformed first", []*repb.BatchUpdateBlobsRequest_Request{{Digest: &repb.Digest{Hash: "xyz", SizeBytes: 1}, Data: []byte("x")}, {}, b}, []codes.Code{bad, bad, ok}},
+		{"BUB-14 malformed first", []*repb.BatchUpdateBlobsRequest_Request{{Digest: &repb.Digest{Hash: "xyz", SizeBytes: 1}, Data: []byte("x")}, {}, b}, []codes.Code{bad, bad, ok}},
 		{"nothing", nil, []codes.Code{}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -211,7 +211,7 @@ func TestBatchUpdateBlobs(t *testing.T) {
 	}
 }
 
-func TestBUB_1_BatchLimit(t *testing.T) {
+func TestBUB_1_CAP_10_X_66_BatchLimit(t *testing.T) {
 	h := start(t)
 	exact := []*repb.BatchUpdateBlobsRequest_Request{blob(random(batchLimit - 1000)), blob(random(1000))}
 	if diff := cmp.Diff([]codes.Code{codes.OK, codes.OK}, h.update(t, exact...)); diff != "" {
@@ -272,9 +272,9 @@ func TestBatchReadBlobs(t *testing.T) {
 		code codes.Code
 		data []byte
 	}{
-		{"BRB-6", codes.OK, data},
+		{"BRB-6 BRB-7 BRB-8", codes.OK, data},
 		{"BRB-2", codes.NotFound, nil},
-		{"BRB-13", codes.OK, nil},
+		{"BRB-13 GEN-20", codes.OK, nil},
 		{"BRB-6 again", codes.OK, data},
 		{"GEN-21", codes.NotFound, nil},
 		{"BRB-10", codes.InvalidArgument, nil},
@@ -303,7 +303,7 @@ func TestBRB_1_BatchLimit(t *testing.T) {
 }
 
 // Row BRB-11: the answer stays below what clients receive, and makes progress.
-func TestBRB_11_AnswerFits(t *testing.T) {
+func TestBRB_11_X_69_GEN_27_AnswerFits(t *testing.T) {
 	h := start(t, faulty(nil), func(c *frontend.Config) {
 		c.Limits.MaxResponseBytes, c.Limits.MaxBatchBytes, c.Limits.MaxDigests, c.Limits.MaxResultBytes = 256<<10, 250<<10, 3000, 128<<10
 	})
@@ -338,7 +338,7 @@ func damaged(op castest.Op, _ digest.Digest) castest.Fault {
 	return castest.Fault{}
 }
 
-func TestRD_13_DamagedBlobInBatch(t *testing.T) {
+func TestRD_13_BRB_9_DamagedBlobInBatch(t *testing.T) {
 	h := start(t, faulty(damaged))
 	resp, err := h.cas.BatchReadBlobs(t.Context(), &repb.BatchReadBlobsRequest{Digests: protos(h.put(t, random(100)))})
 	if err != nil {

@@ -114,7 +114,7 @@ func TestGEN_33_HealthAndReflection(t *testing.T) {
 }
 
 // Row GEN-28: a call has the client's deadline, and one of the farm's besides.
-func TestUnaryCallsAreBounded(t *testing.T) {
+func TestGEN_28_UnaryCallsAreBounded(t *testing.T) {
 	h := start(t, faulty(func(castest.Op, digest.Digest) castest.Fault { return castest.Fault{Stall: true} }),
 		func(c *frontend.Config) {
 			c.Limits.Unary, c.Limits.OperationWait = 200*time.Millisecond, 100*time.Millisecond

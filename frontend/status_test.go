@@ -128,7 +128,7 @@ func TestEXA_9_MissingBlobs(t *testing.T) {
 	}
 }
 
-func TestGEN_30_TextsAreBoundedUTF8(t *testing.T) {
+func TestTextsAreBoundedUTF8(t *testing.T) {
 	for _, text := range []string{strings.Repeat("\xff", 100), strings.Repeat("ä", 1<<20), "x" + strings.Repeat("ä", 1<<10)} {
 		got := frontend.StatusOf(fmt.Errorf("%w: %s", frontend.ErrInvalid, text), 0).Message()
 		if !utf8.ValidString(got) || len(got) > frontend.MaxStatusText+16 {

@@ -105,7 +105,7 @@ func TestTREE_2_EveryDirectoryOnce(t *testing.T) {
 }
 
 // Rows TREE-4 to TREE-7.
-func TestTREE_6_TokensResume(t *testing.T) {
+func TestTREE_4_TREE_5_TREE_6_TREE_7_TokensResume(t *testing.T) {
 	h := start(t)
 	want := threeLevels(t, h)
 	other := startOn(t, h.farm)
@@ -140,7 +140,7 @@ func TestTREE_6_TokensResume(t *testing.T) {
 	}
 }
 
-func TestTREE_8_BadTokens(t *testing.T) {
+func TestTREE_8_X_89_BadTokens(t *testing.T) {
 	h := start(t)
 	want := threeLevels(t, h)
 	pages, err := h.tree(t.Context(), &repb.GetTreeRequest{RootDigest: want[0].Proto(), PageSize: 2})
@@ -170,7 +170,7 @@ func TestTREE_8_BadTokens(t *testing.T) {
 	})
 }
 
-func TestTREE_3_MissingPartsAreLeftOut(t *testing.T) {
+func TestTREE_3_TREE_10_X_78_MissingPartsAreLeftOut(t *testing.T) {
 	h := start(t)
 	kept := h.putMessage(t, leaf("kept"))
 	text := h.put(t, []byte("no directory, since 0x6e is no tag of one")) // row TREE-10
@@ -204,7 +204,7 @@ func TestTREE_Roots(t *testing.T) {
 			wantCode(t, "GetTree", err, test.code)
 		})
 	}
-	t.Run("TREE-12 empty", func(t *testing.T) {
+	t.Run("TREE-12 GEN-20 empty", func(t *testing.T) {
 		pages, err := h.tree(t.Context(), &repb.GetTreeRequest{RootDigest: emptyDigest.Proto()})
 		if err != nil || len(pages) != 1 || len(pages[0].digests) != 1 || pages[0].token != "" {
 			t.Errorf("GetTree = %v, %v, want one empty directory", pages, err)
@@ -213,7 +213,7 @@ func TestTREE_Roots(t *testing.T) {
 }
 
 // A graph of 40 levels in which each directory has the next twice: 2^40 paths, 41 directories.
-func TestTREE_11_SharedDirectoriesOnce(t *testing.T) {
+func TestTREE_11_X_75_SharedDirectoriesOnce(t *testing.T) {
 	h := start(t)
 	d := h.putMessage(t, leaf("bottom"))
 	for range 40 {
@@ -227,7 +227,7 @@ func TestTREE_11_SharedDirectoriesOnce(t *testing.T) {
 	})
 }
 
-func TestTREE_14_MessagesFit(t *testing.T) {
+func TestTREE_14_GEN_27_X_73_MessagesFit(t *testing.T) {
 	h := start(t)
 	big := func(seed string, n int) *repb.Directory {
 		d := &repb.Directory{}
@@ -241,7 +241,7 @@ func TestTREE_14_MessagesFit(t *testing.T) {
 	if err != nil || len(pages) != 2 || len(all(pages)) != 3 {
 		t.Errorf("GetTree = %d pages, %v, want two", len(pages), err)
 	}
-	huge := h.putMessage(t, big("c", 60_000))
+	huge := h.putMessage(t, big("c", 100_000))
 	_, err = h.tree(t.Context(), &repb.GetTreeRequest{RootDigest: h.putMessage(t, directory(huge)).Proto()})
 	wantCode(t, "a directory that fits no message", err, codes.ResourceExhausted, huge.Hash())
 }

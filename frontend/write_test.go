@@ -63,17 +63,17 @@ func TestByteStreamWrite(t *testing.T) {
 		{"WR-20 in parts", func() messages { n, b := ten(); return chunks(n, b, 3) }, codes.OK, 10},
 		{"WR-20 large", func() messages { b := random(3<<20 + 5); return chunks(uploadName(space.Of(b)), b, 1<<20) }, codes.OK, 3<<20 + 5},
 		{"WR-31 one large message", func() messages { b := random(4<<20 + 1024); return chunks(uploadName(space.Of(b)), b, 8<<20) }, codes.OK, 4<<20 + 1024},
-		{"WR-5 no name", func() messages { _, b := ten(); return chunks("", b, 3) }, codes.InvalidArgument, 0},
+		{"WR-5 X-19 no name", func() messages { _, b := ten(); return chunks("", b, 3) }, codes.InvalidArgument, 0},
 		{"X-21 no message", func() messages { return nil }, codes.InvalidArgument, 0},
 		{"WR-6 same name again", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].ResourceName = n; return m }, codes.OK, 10},
-		{"WR-6 other name", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].ResourceName, _ = ten(); return m }, codes.InvalidArgument, 0},
+		{"WR-6 X-20 other name", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].ResourceName, _ = ten(); return m }, codes.InvalidArgument, 0},
 		{"WR-7 begins in the middle", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].ResourceName = n; return m[1:] }, codes.InvalidArgument, 0},
-		{"WR-8 gap", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].WriteOffset++; return m }, codes.InvalidArgument, 0},
+		{"WR-8 X-23 gap", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].WriteOffset++; return m }, codes.InvalidArgument, 0},
 		{"WR-8 overlap", func() messages { n, b := ten(); m := chunks(n, b, 5); m[1].WriteOffset--; return m }, codes.InvalidArgument, 0},
 		{"X-23 negative", func() messages { n, b := ten(); m := chunks(n, b, 5); m[0].WriteOffset = -1; return m }, codes.InvalidArgument, 0},
-		{"WR-13 too long", func() messages { n, b := ten(); return chunks(n, append(b, 1), 5) }, codes.InvalidArgument, 0},
-		{"WR-14 too short", func() messages { n, b := ten(); return chunks(n, b[:9], 5) }, codes.InvalidArgument, 0},
-		{"WR-15 wrong byte", func() messages { n, b := ten(); b[3] ^= 1; return chunks(n, b, 5) }, codes.InvalidArgument, 0},
+		{"WR-13 X-24 too long", func() messages { n, b := ten(); return chunks(n, append(b, 1), 5) }, codes.InvalidArgument, 0},
+		{"WR-14 X-25 too short", func() messages { n, b := ten(); return chunks(n, b[:9], 5) }, codes.InvalidArgument, 0},
+		{"WR-15 X-26 wrong byte", func() messages { n, b := ten(); b[3] ^= 1; return chunks(n, b, 5) }, codes.InvalidArgument, 0},
 		{"WR-15 wrong byte in a large one", func() messages {
 			b := random(2 << 20)
 			n := uploadName(space.Of(b))
@@ -86,16 +86,16 @@ func TestByteStreamWrite(t *testing.T) {
 		}, codes.OK, 10},
 		{"WR-23 empty", func() messages { return chunks(uploadName(emptyDigest), nil, 1) }, codes.OK, 0},
 		{"WR-23 empty without finish", func() messages { return messages{{ResourceName: uploadName(emptyDigest)}} }, codes.OK, 0},
-		{"WR-24 half close", func() messages { n, b := ten(); return chunks(n, b, 5)[:1] }, codes.OK, 0},
+		{"WR-24 X-28 half close", func() messages { n, b := ten(); return chunks(n, b, 5)[:1] }, codes.OK, 0},
 		{"WR-24 half close with all bytes", func() messages { n, b := ten(); return messages{{ResourceName: n, Data: b}} }, codes.OK, 0},
 		{"WR-25 name first, empty data", func() messages {
 			n, b := ten()
 			return messages{{ResourceName: n}, {}, {Data: b}, {WriteOffset: 10}, {WriteOffset: 10, FinishWrite: true}}
 		}, codes.OK, 10},
-		{"WR-27 too large", func() messages {
+		{"WR-27 CAP-11 X-37 too large", func() messages {
 			return messages{{ResourceName: uploadName(must(space.New(absent().Hash(), 64<<30+1)))}}
 		}, codes.InvalidArgument, 0},
-		{"GEN-21 impossible", func() messages { return chunks(uploadName(impossibleDigest), nil, 1) }, codes.InvalidArgument, 0},
+		{"GEN-21 X-8 impossible", func() messages { return chunks(uploadName(impossibleDigest), nil, 1) }, codes.InvalidArgument, 0},
 		{"GEN-21 empty with a size", func() messages { return chunks(uploadName(emptyWithSize), []byte("12345"), 5) }, codes.InvalidArgument, 0},
 	} {
 		t.Run(test.row, func(t *testing.T) {
@@ -149,7 +149,7 @@ func TestWR_17_PresentBlob(t *testing.T) {
 }
 
 // Row WR-18 and audit row P8: somebody else completes the blob during the upload.
-func TestWrite_ConcurrentCommitReturnsEarly(t *testing.T) {
+func TestWR_18_AnotherWriterIsFaster(t *testing.T) {
 	h := start(t)
 	data := random(3 * frontend.PresentEvery)
 	d := space.Of(data)
@@ -177,7 +177,7 @@ func TestWrite_ConcurrentCommitReturnsEarly(t *testing.T) {
 }
 
 // Rows WR-11 and FMB-8: nothing is visible before finish_write.
-func TestWR_11_InvisibleUntilFinished(t *testing.T) {
+func TestWR_11_FMB_8_InvisibleUntilFinished(t *testing.T) {
 	h := start(t)
 	for _, size := range []int{100, 2 << 20} {
 		data := random(size)
@@ -205,7 +205,7 @@ func TestWR_11_InvisibleUntilFinished(t *testing.T) {
 }
 
 // Rows WR-3 and WR-19, X-35: one upload id, many writers, some of them corrupt.
-func TestWR_19_RacingWriters(t *testing.T) {
+func TestWR_33_X_35_X_36_RacingWriters(t *testing.T) {
 	h := start(t)
 	data := random(1 << 20)
 	d := space.Of(data)
@@ -256,7 +256,7 @@ func TestWR_34_ErrorIsImmediate(t *testing.T) {
 }
 
 // Audit row 4: the store fails while the client keeps its stream open.
-func TestByteStreamWrite_StoreFailsEarly(t *testing.T) {
+func TestWR_26_X_38_StoreFails(t *testing.T) {
 	failure := atomic.Pointer[castest.Fault]{}
 	h := start(t, faulty(func(op castest.Op, _ digest.Digest) castest.Fault {
 		if op == castest.OpPut {
@@ -296,7 +296,7 @@ func TestByteStreamWrite_StoreFailsEarly(t *testing.T) {
 }
 
 // Audit rows 4 and 6, rows WR-28 and X-33: clients leave midway.
-func TestByteStreamWrite_ClientDisconnects(t *testing.T) {
+func TestWR_28_X_33_ClientsLeave(t *testing.T) {
 	h := start(t)
 	data := random(3 << 20)
 	d := space.Of(data)
@@ -357,7 +357,7 @@ func TestByteStreamWrite_ConnectionDrops(t *testing.T) {
 // Rows, conventions 6.4: neither silence nor empty messages hold a stream.
 func TestX_29_StalledUpload(t *testing.T) {
 	h := start(t, func(c *frontend.Config) { c.Limits.Stall, c.Limits.NoData = 200*time.Millisecond, 400*time.Millisecond })
-	t.Run("silence before the first message", func(t *testing.T) {
+	t.Run("X-29 silence before the first message", func(t *testing.T) {
 		stream, err := h.bytes.Write(t.Context())
 		if err != nil {
 			t.Fatalf("Write: %v", err)
@@ -366,13 +366,13 @@ func TestX_29_StalledUpload(t *testing.T) {
 			wantCode(t, "Write", stream.RecvMsg(new(bytestream.WriteResponse)), codes.DeadlineExceeded)
 		})
 	})
-	t.Run("silence in the middle", func(t *testing.T) {
+	t.Run("X-29 silence in the middle", func(t *testing.T) {
 		stream := beginUpload(t, h.bytes, 2<<20, 1<<20)
 		within(t, 2*time.Second, "the end", func() {
 			wantCode(t, "Write", stream.RecvMsg(new(bytestream.WriteResponse)), codes.DeadlineExceeded)
 		})
 	})
-	t.Run("only empty messages", func(t *testing.T) {
+	t.Run("X-32 only empty messages", func(t *testing.T) {
 		stream := beginUpload(t, h.bytes, 2<<20, 1<<20)
 		tick := time.NewTicker(20 * time.Millisecond)
 		defer tick.Stop()
