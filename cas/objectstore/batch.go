@@ -220,8 +220,8 @@ func (r *batchReader) receive(ctx context.Context, arriving <-chan *nats.Msg) er
 	if err != nil {
 		return err
 	}
-	i, bad := strconv.Atoi(m.Subject[len(r.inbox):])
-	if _, ok := r.asked[i]; bad != nil || !ok {
+	i := r.which(m.Subject)
+	if i < 0 {
 		return nil
 	}
 	delete(r.asked, i)
@@ -235,6 +235,15 @@ func (r *batchReader) receive(ctx context.Context, arriving <-chan *nats.Msg) er
 	r.store.metrics.gets.WithLabelValues(result(nil)).Inc()
 	r.store.metrics.readBytes.Add(float64(d.Size()))
 	return nil
+}
+
+// which tells what a subject answers, or -1 when nobody waits for that.
+func (r *batchReader) which(subject string) int {
+	i, err := strconv.Atoi(subject[len(r.inbox):])
+	if _, ok := r.asked[i]; err != nil || !ok {
+		return -1
+	}
+	return i
 }
 
 // knownIn returns the bucket in which the index knows the blob, or nil.

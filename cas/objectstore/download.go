@@ -46,28 +46,40 @@ func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, offse
 		return nil, err
 	}
 	s.index.set(keyOf(d), newEntry(b, d.Size()))
+	r, err := s.newLargeReader(ctx, b, d, o)
+	if err != nil {
+		return nil, err
+	}
+	r.chunks, r.left = chunksOf(d), d.Size()-offset
+	if offset == 0 {
+		r.hash = d.Space().Function().New()
+	}
+	r.discard = func(how string) error {
+		s.discard(ctx, b, d, o.sequence)
+		return fmt.Errorf("%w: blob %v is damaged: %s", cas.ErrMismatch, d, how)
+	}
+	r.count = func(n int) { s.metrics.readBytes.Add(float64(n)) }
+	if err := r.start(offset); err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
 
+// newLargeReader returns a reader without range and verdict, which are the caller's to set.
+func (s *Store) newLargeReader(ctx context.Context, b *bucket, d digest.Digest, o object) (*largeReader, error) {
 	arriving := make(chan *nats.Msg, 3*(windowChunks+1))
 	inbox := s.bulk.conn.NewInbox()
 	sub, err := s.bulk.conn.ChanSubscribe(inbox+".*", arriving)
 	if err != nil {
 		return nil, brokerError(ctx, err)
 	}
-	r := &largeReader{digest: d, object: o, inbox: inbox, sub: sub, left: d.Size() - offset}
-	if offset == 0 {
-		r.hash = d.Space().Function().New()
-	}
+	r := &largeReader{digest: d, object: o, inbox: inbox, sub: sub, count: func(int) {}}
 	r.ask = func(reply string, request []byte) error {
 		return brokerError(ctx, s.bulk.conn.PublishRequest("$JS.API.DIRECT.GET."+b.stream, reply, request))
 	}
 	r.receive = func() (*nats.Msg, error) { return receive(ctx, arriving, s.cfg.StallTimeout) }
 	r.leader = func(after uint64) (stored, error) {
 		return s.bulk.nextFromLeader(ctx, b.stream, o.chunks, after+1)
-	}
-	r.discard = func() { s.discard(ctx, b, d, o.sequence) }
-	r.count = func(n int) { s.metrics.readBytes.Add(float64(n)) }
-	if err := r.start(offset); err != nil {
-		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
 }
@@ -113,9 +125,12 @@ type largeReader struct {
 	ask     func(reply string, request []byte) error
 	receive func() (*nats.Msg, error)
 	leader  func(after uint64) (stored, error)
-	discard func()
+	// discard makes the store forget what is damaged, and returns the error of the read.
+	discard func(how string) error
 	count   func(n int)
 
+	chunks  int       // to be read, from the first of the blob on
+	last    uint64    // the sequence of the chunk before the first that was not asked for, unless positions tell
 	asked   int       // the first chunk that was not asked for
 	windows []*window // at most two
 	chunk   []byte    // what is left of the chunk being read
@@ -135,13 +150,18 @@ func (r *largeReader) start(offset int64) error {
 	return r.askAhead()
 }
 
-// askAhead keeps two windows under way.
+// askAhead keeps two windows under way, or one when the positions of the chunks are not known.
 func (r *largeReader) askAhead() error {
-	chunks := chunksOf(r.digest)
-	for len(r.windows) < 2 && r.asked < chunks {
-		w := &window{next: r.asked, end: min(r.asked+windowChunks, chunks)}
+	for len(r.windows) < 2 && r.asked < r.chunks {
+		w := &window{next: r.asked, end: min(r.asked+windowChunks, r.chunks)}
 		w.reply = r.inbox + "." + strconv.Itoa(w.next)
-		w.after = r.object.positions[w.next] - 1
+		if len(r.object.positions) > 0 {
+			w.after = r.object.positions[w.next] - 1
+		} else if len(r.windows) > 0 {
+			break
+		} else {
+			w.after = r.last
+		}
 		request, err := json.Marshal(map[string]any{
 			"seq":          w.after + 1,
 			"next_by_subj": r.object.chunks,
@@ -172,32 +192,24 @@ func (r *largeReader) advance() error {
 			return err
 		}
 	}
-	var data []byte
-	if len(w.arrived) > 0 {
-		m := w.arrived[0]
-		w.arrived = w.arrived[1:]
-		sequence, err := strconv.ParseUint(header(m, jetstream.SequenceHeader), 10, 64)
-		if err != nil {
-			return fmt.Errorf("%w: a chunk came without a sequence", cas.ErrUnavailable)
-		}
-		w.after, data = sequence, m.Data
-	} else {
-		// The replica that answered lacks the chunk. It may lag behind; the leader does not.
-		m, err := r.leader(w.after)
-		if errors.Is(err, cas.ErrNotFound) {
-			return r.damaged("a chunk is missing")
-		}
-		if err != nil {
-			return err
-		}
-		w.after, data = m.sequence, m.data
+	m, err := r.next(w)
+	if errors.Is(err, cas.ErrNotFound) {
+		return r.discard("a chunk is missing")
 	}
+	if err != nil {
+		return err
+	}
+	w.after = m.sequence
+	data := m.data
 	if int64(len(data)) != min(chunkSize, r.digest.Size()-int64(w.next)*chunkSize) {
-		return r.damaged("a chunk has the wrong size")
+		return r.discard("a chunk has the wrong size")
+	}
+	if err := checkChunk(m.header, w.next, m.data); err != nil {
+		return r.discard(err.Error())
 	}
 	w.next++
 	if w.next == w.end {
-		r.windows = r.windows[1:]
+		r.windows, r.last = r.windows[1:], w.after
 		if err := r.askAhead(); err != nil {
 			return err
 		}
@@ -207,9 +219,24 @@ func (r *largeReader) advance() error {
 	}
 	drop := min(r.skip, int64(len(data)))
 	r.skip -= drop
-	r.chunk = data[drop:]
+	r.chunk = data[drop:min(int64(len(data)), drop+r.left)]
 	r.count(len(r.chunk))
 	return nil
+}
+
+// next takes a chunk from its window.
+func (r *largeReader) next(w *window) (stored, error) {
+	if len(w.arrived) == 0 {
+		// The replica that answered lacks the chunk. It may lag behind; the leader does not.
+		return r.leader(w.after)
+	}
+	m := w.arrived[0]
+	w.arrived = w.arrived[1:]
+	sequence, err := strconv.ParseUint(header(m, jetstream.SequenceHeader), 10, 64)
+	if err != nil {
+		return stored{}, fmt.Errorf("%w: a chunk came without a sequence", cas.ErrUnavailable)
+	}
+	return stored{sequence: sequence, header: m.Header, data: m.Data}, nil
 }
 
 // sort gives a message to its window. One of a window that is done is dropped.
@@ -233,12 +260,6 @@ func (r *largeReader) sort(m *nats.Msg) error {
 	return nil
 }
 
-// damaged makes the store forget its copy.
-func (r *largeReader) damaged(how string) error {
-	r.discard()
-	return fmt.Errorf("%w: blob %v is damaged: %s", cas.ErrMismatch, r.digest, how)
-}
-
 // fill sees to it that there are bytes to deliver, or returns how the read ended.
 func (r *largeReader) fill() error {
 	for len(r.chunk) == 0 && r.err == nil {
@@ -254,7 +275,7 @@ func (r *largeReader) fill() error {
 // verdict is io.EOF unless the bytes do not have the digest.
 func (r *largeReader) verdict() error {
 	if r.hash != nil && r.digest.Space().Sum(r.hash, r.digest.Size()) != r.digest {
-		return r.damaged("it has another hash")
+		return r.discard("it has another hash")
 	}
 	return io.EOF
 }

@@ -106,11 +106,15 @@ func TestStoredForm(t *testing.T) {
 	if err := json.Unmarshal([]byte(body), &info); err != nil {
 		t.Fatal(err)
 	}
-	prefix, upload, _ := strings.Cut(info.NUID, "-1048577.")
+	prefix, upload, _ := strings.Cut(info.NUID, "-1048577.-.")
 	if prefix != d.Hash()[:2]+".sha256."+d.Hash() || len(upload) != 22 {
 		t.Errorf("nuid %s", info.NUID)
 	}
+	raw := f.All(t, "OBJ_cas-l-1-0")
 	for i, size := range []int{512 << 10, 512 << 10, 1} {
+		if header, want := raw[i].Header.Get("Jetfarm-Chunk"), []string{"0 c253e960", "1 c253e960", "2 527d5351"}[i]; header != want {
+			t.Errorf("chunk %d has the header %q, want %q", i, header, want)
+		}
 		chunk, data, _ := strings.Cut(got[i], " ")
 		if chunk != "$O.cas-l-1-0.C."+info.NUID || len(data) != size {
 			t.Errorf("chunk %d: %d bytes under %s", i, len(data), chunk)
@@ -119,7 +123,7 @@ func TestStoredForm(t *testing.T) {
 	body = strings.ReplaceAll(body, d.Hash(), "HASH")
 	body = strings.ReplaceAll(body, upload, "UPLOAD")
 	wantBody := `{"name":"blobs/HASH/1048577","metadata":{"jetfarm-chunks":"1,1,1"},"options":{"max_chunk_size":524288},"bucket":"cas-l-1-0",` +
-		`"nuid":"` + d.Hash()[:2] + `.sha256.HASH-1048577.UPLOAD","size":1048577,"mtime":"0001-01-01T00:00:00Z","chunks":3,"digest":"` + info.Digest + `"}`
+		`"nuid":"` + d.Hash()[:2] + `.sha256.HASH-1048577.-.UPLOAD","size":1048577,"mtime":"0001-01-01T00:00:00Z","chunks":3,"digest":"` + info.Digest + `"}`
 	if diff := cmp.Diff(wantBody, body); diff != "" {
 		t.Errorf("metadata of a large blob (-want +got):\n%s", diff)
 	}

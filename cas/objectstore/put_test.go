@@ -5,12 +5,14 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"strings"
 	"sync"
 	"testing"
 	"testing/iotest"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/jetfarm/jetfarm/broker/brokertest"
@@ -228,3 +230,10 @@ func TestManyLargePutsKeepTheBudget(t *testing.T) {
 type readerFunc func(p []byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// rawMessage is a stored message to be published again.
+func rawMessage(m *jetstream.RawStreamMsg) *nats.Msg {
+	h := maps.Clone(m.Header)
+	delete(h, jetstream.ExpectedLastSubjSeqHeader)
+	return &nats.Msg{Subject: m.Subject, Header: h, Data: m.Data}
+}

@@ -24,6 +24,7 @@ type api struct {
 // stored is one message of a stream.
 type stored struct {
 	sequence uint64
+	header   nats.Header
 	data     []byte
 }
 
@@ -41,7 +42,7 @@ func (a api) last(ctx context.Context, stream, subject string) (stored, error) {
 	if err != nil {
 		return stored{}, fmt.Errorf("%w: a direct get answered without a sequence", cas.ErrUnavailable)
 	}
-	return stored{sequence: sequence, data: m.Data}, nil
+	return stored{sequence: sequence, header: m.Header, data: m.Data}, nil
 }
 
 // directError is the error of a status that answers a direct get in place of a message.
@@ -75,15 +76,30 @@ func (a api) fromLeader(ctx context.Context, stream string, request map[string]a
 		refusal
 		Message struct {
 			Sequence uint64 `json:"seq"`
+			Header   []byte `json:"hdrs"`
 			Data     []byte `json:"data"`
 		} `json:"message"`
 	}
-	err := a.call(ctx, "STREAM.MSG.GET."+stream, request, &answer)
-	return stored{sequence: answer.Message.Sequence, data: answer.Message.Data}, err
+	if err := a.call(ctx, "STREAM.MSG.GET."+stream, request, &answer); err != nil {
+		return stored{}, err
+	}
+	m := stored{sequence: answer.Message.Sequence, data: answer.Message.Data}
+	if len(answer.Message.Header) > 0 {
+		var err error
+		if m.header, err = nats.DecodeHeadersMsg(answer.Message.Header); err != nil {
+			return stored{}, fmt.Errorf("%w: message %d of %s: %w", cas.ErrUnavailable, m.sequence, stream, err)
+		}
+	}
+	return m, nil
 }
 
 // subjects calls f with every subject of the stream that matches the filter.
 func (a api) subjects(ctx context.Context, stream, filter string, f func(subject string)) error {
+	return a.counts(ctx, stream, filter, func(subject string, _ uint64) { f(subject) })
+}
+
+// counts is subjects with the number of messages of each.
+func (a api) counts(ctx context.Context, stream, filter string, f func(subject string, messages uint64)) error {
 	for offset := 0; ; {
 		var answer struct {
 			refusal
@@ -96,8 +112,8 @@ func (a api) subjects(ctx context.Context, stream, filter string, f func(subject
 		if err := a.call(ctx, "STREAM.INFO."+stream, request, &answer); err != nil {
 			return err
 		}
-		for subject := range answer.State.Subjects {
-			f(subject)
+		for subject, messages := range answer.State.Subjects {
+			f(subject, messages)
 		}
 		offset += len(answer.State.Subjects)
 		if offset >= answer.Total || len(answer.State.Subjects) == 0 {

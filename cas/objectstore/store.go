@@ -166,7 +166,11 @@ func (s *Store) doubts(known bool) bool { return known || s.cfg.Replicas > 1 }
 
 // Put stores a blob, see cas.Store. A blob that the index knows is not read.
 func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
-	err := s.put(ctx, d, r)
+	return s.counted(d, s.put(ctx, d, noUpload, r))
+}
+
+// counted is the error of a put as its caller gets it.
+func (s *Store) counted(d digest.Digest, err error) error {
 	s.metrics.puts.WithLabelValues(result(err)).Inc()
 	var fault *sourceError
 	switch {
@@ -179,7 +183,7 @@ func (s *Store) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
 	return fmt.Errorf("store blob %v: %w", d, err)
 }
 
-func (s *Store) put(ctx context.Context, d digest.Digest, r io.Reader) error {
+func (s *Store) put(ctx context.Context, d digest.Digest, upload string, r io.Reader) error {
 	switch {
 	case ctx.Err() != nil:
 		return ended(ctx)
@@ -194,7 +198,7 @@ func (s *Store) put(ctx context.Context, d digest.Digest, r io.Reader) error {
 		return nil
 	}
 	if familyOf(d) == large {
-		return s.putLarge(ctx, d, r)
+		return s.putLarge(ctx, d, upload, r)
 	}
 	return s.putSmall(ctx, d, r)
 }

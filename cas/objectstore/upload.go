@@ -19,17 +19,19 @@ const uploadWindow = 8
 
 // upload writes one large blob. Its chunks have a subject of their own, so uploads of the same blob
 // don't meet until one of them stores the metadata, which is what makes the blob visible; the
-// others find it and remove their chunks. Every upload ends in commit or abandon.
+// others find it and remove their chunks. Every upload ends in commit, keep, abandon or leave.
 type upload struct {
 	store  *Store
 	bucket *bucket
 	digest digest.Digest
+	token  string // names the client's upload
 
 	nuid    string
 	hash    hash.Hash
 	begun   bool     // a chunk was sent
 	unacked []sent   // oldest first
 	stored  []uint64 // the sequences of the acknowledged chunks
+	sent    int      // chunks
 }
 
 // sent is a chunk on its way, which holds its size of the bucket's budget.
@@ -38,8 +40,12 @@ type sent struct {
 	size int64
 }
 
-// putLarge stores a blob of more than one chunk.
-func (s *Store) putLarge(ctx context.Context, d digest.Digest, r io.Reader) error {
+// subject is that of the chunks.
+func (u *upload) subject() string { return u.bucket.chunks + u.nuid }
+
+// putLarge stores a blob of more than one chunk. The token is uploadToken of the client's name for
+// the upload.
+func (s *Store) putLarge(ctx context.Context, d digest.Digest, token string, r io.Reader) error {
 	b, done, err := s.place(ctx, d, d.Size())
 	if err != nil {
 		return err
@@ -51,26 +57,42 @@ func (s *Store) putLarge(ctx context.Context, d digest.Digest, r io.Reader) erro
 	} else if !errors.Is(err, cas.ErrNotFound) {
 		return err
 	}
-	u := upload{store: s, bucket: b, digest: d, nuid: tail(d) + "." + nuid.Next(), hash: d.Space().Function().New()}
+	u := upload{
+		store: s, bucket: b, digest: d, token: token,
+		nuid: tail(d) + "." + token + "." + nuid.Next(), hash: d.Space().Function().New(),
+	}
 	err = u.send(ctx, r)
 	if err == nil {
 		err = u.commit(ctx)
 	}
+	return u.end(ctx, err)
+}
+
+// end cleans up after an upload that ended with this error, and returns what Put returns.
+func (u *upload) end(ctx context.Context, err error) error {
+	s := u.store
+	_, known := s.index.get(keyOf(u.digest), u.digest.Size())
 	switch {
 	case err == nil:
-		s.stored(b, d)
-		return nil
+		s.stored(u.bucket, u.digest)
+		u.clear(ctx, []*bucket{u.bucket}, true)
 	case errors.Is(err, errUncertain):
 		u.leave(ctx, err)
-		return err
-	}
-	u.abandon(ctx)
-	switch {
 	case errors.Is(err, errExists):
-		s.stored(b, d)
+		u.abandon(ctx)
+		s.stored(u.bucket, u.digest)
+		u.clear(ctx, []*bucket{u.bucket}, true)
 		return nil
 	case errors.Is(err, errKnown):
+		u.abandon(ctx)
 		return nil
+	case errors.Is(err, cas.ErrMismatch):
+		u.abandon(ctx)
+		u.clear(ctx, s.largeBuckets(u.digest), false)
+	case u.token == noUpload, known, errors.Is(err, errSuperseded), errors.Is(err, cas.ErrFull):
+		u.abandon(ctx)
+	default:
+		u.keep(ctx)
 	}
 	return err
 }
@@ -93,17 +115,32 @@ func (u *upload) send(ctx context.Context, r io.Reader) error {
 		}
 		left -= int64(len(data))
 		u.hash.Write(data)
-		if left == 0 {
-			if err := u.verify(ctx, &src); err != nil {
+		if left > 0 {
+			if err := u.publish(ctx, data, 0); err != nil {
 				return err
 			}
+			continue
 		}
-		if err := u.publish(ctx, data); err != nil {
+		if err := u.verify(ctx, &src); err != nil {
+			return err
+		}
+		// The last chunk makes the upload complete. It is refused when someone stopped the upload.
+		if err := u.await(ctx, 0); err != nil {
+			return err
+		}
+		if err := u.publish(ctx, data, u.stored[len(u.stored)-1]); err != nil {
 			return err
 		}
 	}
-	return u.await(ctx, 0)
+	err := u.await(ctx, 0)
+	if errors.Is(err, errExists) {
+		return fmt.Errorf("%w: %w", cas.ErrUnavailable, errSuperseded)
+	}
+	return err
 }
+
+// errSuperseded ends an upload that was stopped by another one, see store.stop.
+var errSuperseded = errors.New("another upload of the same name went on")
 
 // verify checks the whole blob before its last chunk is sent.
 func (u *upload) verify(ctx context.Context, src *source) error {
@@ -116,7 +153,9 @@ func (u *upload) verify(ctx context.Context, src *source) error {
 	return nil
 }
 
-func (u *upload) publish(ctx context.Context, data []byte) error {
+// publish sends the next chunk, if after is not 0 on the condition that this is the sequence of the
+// chunk before it.
+func (u *upload) publish(ctx context.Context, data []byte, after uint64) error {
 	if err := u.await(ctx, uploadWindow-1); err != nil {
 		return err
 	}
@@ -134,11 +173,12 @@ func (u *upload) publish(ctx context.Context, data []byte) error {
 		}
 	}
 	u.begun = true
-	a, err := u.store.bulkWrites.publish(ctx, u.bucket.chunks+u.nuid, nil, data)
+	a, err := u.store.bulkWrites.publish(ctx, u.subject(), headerOf(u.sent, data, after), data)
 	if err != nil {
 		u.bucket.budget.Release(size)
 		return err
 	}
+	u.sent++
 	u.unacked = append(u.unacked, sent{ack: a, size: size})
 	return nil
 }
@@ -226,7 +266,7 @@ func (u *upload) resolve(ctx context.Context, cause error) error {
 
 // compare tells whether what is stored is this upload, or else errExists.
 func (u *upload) compare(o object) error {
-	if o.chunks == u.bucket.chunks+u.nuid {
+	if o.chunks == u.subject() {
 		return nil
 	}
 	return errExists
@@ -250,12 +290,16 @@ func (u *upload) abandon(ctx context.Context) {
 	if !u.begun {
 		return
 	}
-	err = errors.Join(err, retry(cleaning, cleanAttempts, cas.ErrUnavailable, func() error {
-		return s.bulk.purge(cleaning, u.bucket.stream, u.bucket.chunks+u.nuid)
-	}))
-	if err != nil {
+	if err := errors.Join(err, u.purge(cleaning)); err != nil {
 		u.leave(ctx, err)
 	}
+}
+
+// purge removes the chunks that are stored.
+func (u *upload) purge(ctx context.Context) error {
+	return retry(ctx, cleanAttempts, cas.ErrUnavailable, func() error {
+		return u.store.bulk.purge(ctx, u.bucket.stream, u.subject())
+	})
 }
 
 // leave records that the chunks stay although no metadata may name them. They go with the
