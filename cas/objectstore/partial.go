@@ -146,6 +146,9 @@ func (s *Store) putFrom(ctx context.Context, d digest.Digest, upload string, off
 		return err
 	}
 	err = s.put(ctx, d, token, io.MultiReader(kept, r))
+	if err == nil {
+		s.drop(ctx, d, found[:1], func(attempt) bool { return false }) // it may be in an older generation
+	}
 	if e := kept.Close(); e != nil && !s.cfg.Bulk.IsClosed() {
 		s.cfg.Log.WarnContext(ctx, "close the kept part of an upload", "err", e)
 	}
@@ -259,18 +262,28 @@ func (u *upload) keep(ctx context.Context) {
 	s.drop(ctx, u.digest, found[maxAttempts:], func(attempt) bool { return false })
 }
 
-// clear removes what is kept of an upload whose blob is stored, or which turned out to be of other
-// bytes.
-func (u *upload) clear(ctx context.Context, in []*bucket, stored bool) {
-	if u.token == noUpload {
-		return
+// clear removes what is kept of the blob once it is stored, whatever the uploads are called: nobody
+// needs to go on with them.
+func (u *upload) clear(ctx context.Context) {
+	if u.token != noUpload { // who names uploads keeps some
+		u.dropOthers(ctx, "*", []*bucket{u.bucket}, func(attempt) bool { return true })
 	}
+}
+
+// disown removes what is kept of an upload that turned out to be of other bytes.
+func (u *upload) disown(ctx context.Context) {
+	if u.token != noUpload {
+		u.dropOthers(ctx, u.token, u.store.largeBuckets(u.digest), func(attempt) bool { return false })
+	}
+}
+
+func (u *upload) dropOthers(ctx context.Context, token string, in []*bucket, useless func(attempt) bool) {
 	cleaning, cancel := detached(ctx, u.store.cfg.RequestTimeout)
 	defer cancel()
-	found, err := u.store.attempts(cleaning, u.digest, u.token, in)
-	if err != nil || len(found) == 0 {
-		return
+	found, err := u.store.attempts(cleaning, u.digest, token, in)
+	if err != nil {
+		return // it stays for the sweep
 	}
 	found = slices.DeleteFunc(found, func(a attempt) bool { return a.subject == u.subject() })
-	u.store.drop(ctx, u.digest, found, func(a attempt) bool { return stored && a.bucket == u.bucket })
+	u.store.drop(ctx, u.digest, found, useless)
 }

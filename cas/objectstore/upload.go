@@ -75,20 +75,19 @@ func (u *upload) end(ctx context.Context, err error) error {
 	switch {
 	case err == nil:
 		s.stored(u.bucket, u.digest)
-		u.clear(ctx, []*bucket{u.bucket}, true)
+		u.clear(ctx)
 	case errors.Is(err, errUncertain):
 		u.leave(ctx, err)
 	case errors.Is(err, errExists):
 		u.abandon(ctx)
 		s.stored(u.bucket, u.digest)
-		u.clear(ctx, []*bucket{u.bucket}, true)
 		return nil
 	case errors.Is(err, errKnown):
 		u.abandon(ctx)
 		return nil
 	case errors.Is(err, cas.ErrMismatch):
 		u.abandon(ctx)
-		u.clear(ctx, s.largeBuckets(u.digest), false)
+		u.disown(ctx)
 	case u.token == noUpload, known, errors.Is(err, errSuperseded), errors.Is(err, cas.ErrFull):
 		u.abandon(ctx)
 	default:
