@@ -29,7 +29,9 @@ type Config struct {
 	MendAfter time.Duration
 	// Patience is how long an operation waits for a worker that can serve it while there are only others.
 	Patience time.Duration
-	Log      *slog.Logger
+	// Abandoned is how long an operation goes on when nobody watches it.
+	Abandoned time.Duration
+	Log       *slog.Logger
 }
 
 // The defaults of Config.
@@ -39,10 +41,11 @@ const (
 	DefaultHeartbeat = 20 * time.Second
 	DefaultMendAfter = 15 * time.Second
 	DefaultPatience  = 5 * time.Minute
+	DefaultAbandoned = time.Minute
 )
 
 // Client is a process's view of the operations of the farm. New makes one, Open prepares the broker,
-// Run keeps the view of workers and pools current.
+// Run keeps the view of workers and pools current and ends operations that were abandoned.
 type Client struct {
 	nc        *nats.Conn
 	js        jetstream.JetStream
@@ -53,11 +56,13 @@ type Client struct {
 	heartbeat time.Duration
 	mendAfter time.Duration
 	patience  time.Duration
+	abandoned time.Duration
 
 	operations, jobs, flights jetstream.Stream
 	pools, registry           jetstream.KeyValue
 
-	view view
+	view     view
+	departed departures
 
 	mu  sync.Mutex
 	gap chan struct{} // guarded by mu; closed and replaced when messages may have been missed
@@ -74,7 +79,8 @@ func New(cfg Config) (*Client, error) {
 		replicas: cfg.Replicas, ackWait: orDefault(cfg.AckWait, DefaultAckWait),
 		maxQueued: orDefault(cfg.MaxQueued, DefaultMaxQueued), heartbeat: orDefault(cfg.Heartbeat, DefaultHeartbeat),
 		mendAfter: orDefault(cfg.MendAfter, DefaultMendAfter), patience: orDefault(cfg.Patience, DefaultPatience),
-		gap: make(chan struct{}),
+		abandoned: orDefault(cfg.Abandoned, DefaultAbandoned),
+		gap:       make(chan struct{}),
 	}
 	c.view.init()
 	cfg.Conn.SetReconnectHandler(func(*nats.Conn) { c.missed() })

@@ -82,6 +82,7 @@ func (l *Lease) Begin(ctx context.Context) error {
 		}
 		return err
 	}
+	w.silent = true
 	l.record, l.begun, l.watcher = r, revision, w
 	return nil
 }
@@ -110,13 +111,25 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 }
 
 // Guard blocks until ctx ends, whose cause it returns, or the lease is over: ErrCancelled when the
-// operation was cancelled, ErrLost when another attempt began or ended it. It follows Begin and must
-// have returned before Settle or Return is called.
+// operation was cancelled, which Guard itself does when nobody has watched it for a while, ErrLost when
+// another attempt began or ended it. It follows Begin and must have returned before Settle or Return is
+// called.
 func (l *Lease) Guard(ctx context.Context) error {
 	op := &Operation{Name: l.record.Operation, Revision: l.begun}
+	var deserted time.Time
 	for {
+		last := op.Revision
 		var err error
 		op, err = l.watcher.next(ctx, op)
+		if err == nil && op.Revision == last { // a heartbeat
+			deserted = l.deserted(ctx, deserted)
+			if !deserted.IsZero() && time.Since(deserted) >= l.q.c.abandoned {
+				// When this fails the next heartbeat does it; when not, the end arrives like any other.
+				if err := l.q.c.end(ctx, op.Name, code.Code_CANCELLED, abandonedText); err != nil && ctx.Err() == nil {
+					l.q.c.log.WarnContext(ctx, "cancel abandoned operation", "operation", op.Name, "err", err)
+				}
+			}
+		}
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)

@@ -54,12 +54,14 @@ func (v *view) init() {
 	v.workers, v.pools, v.changed = map[string]seenWorker{}, map[string]Platform{defaultPool: nil}, make(chan struct{})
 }
 
-// Run follows the registries of workers and pools until ctx ends. Without it a client knows no
-// workers and only the pools that it has made.
+// Run follows the registries of workers and pools, and cancels operations that their last watcher left
+// in this process, until ctx ends. Without it a client knows no workers and only the pools that it has
+// made.
 func (c *Client) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return c.follow(ctx, c.registry, c.view.sawWorker) })
 	group.Go(func() error { return c.follow(ctx, c.pools, c.view.sawPool) })
+	group.Go(func() error { return c.cancelAbandoned(ctx) })
 	if err := group.Wait(); ctx.Err() == nil {
 		return err
 	}

@@ -48,10 +48,18 @@ func (c *Client) Watch(ctx context.Context, operation string) iter.Seq2[*Operati
 // follow yields op and what comes after it, or err.
 func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield func(*Operation, error) bool) {
 	for err == nil {
-		if !yield(op, nil) || op.Done() {
+		wanted := yield(op, nil)
+		if op.Done() {
+			return
+		}
+		if !wanted {
+			w.c.departed.add(w.operation)
 			return
 		}
 		op, err = w.next(ctx, op)
+	}
+	if ctx.Err() != nil {
+		w.c.departed.add(w.operation)
 	}
 	yield(nil, err)
 }
@@ -67,6 +75,7 @@ type watcher struct {
 	sub       *nats.Subscription
 	gap       <-chan struct{}
 	dropped   int
+	silent    bool // does not count as somebody who waits for the operation
 }
 
 // watcher subscribes. Whatever is stored after the server has seen the subscription arrives in
@@ -109,11 +118,11 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		case msg := <-w.messages:
-			op, err := w.newest(msg)
+			op, err := w.newest(ctx, msg)
 			if err != nil || w.lost() {
 				return w.current(ctx)
 			}
-			if op.Revision > last.Revision {
+			if op != nil && op.Revision > last.Revision {
 				return op, nil
 			}
 		case <-w.gap:
@@ -132,22 +141,30 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 	}
 }
 
-// newest decodes the latest of the messages that have arrived.
-func (w *watcher) newest(msg *nats.Msg) (*Operation, error) {
-	for {
-		select {
-		case later := <-w.messages:
-			msg = later
-			continue
-		default:
+// newest decodes the latest state of those that have arrived, and answers who asks for watchers. It
+// returns nil when there was nothing else.
+func (w *watcher) newest(ctx context.Context, msg *nats.Msg) (*Operation, error) {
+	var state *nats.Msg
+	for msg != nil {
+		if question(msg) {
+			w.answer(ctx, msg)
+		} else {
+			state = msg
 		}
-		break
+		select {
+		case msg = <-w.messages:
+		default:
+			msg = nil
+		}
 	}
-	revision, err := strconv.ParseUint(msg.Header.Get("Nats-Sequence"), 10, 64)
+	if state == nil {
+		return nil, nil //nolint:nilnil // no state is no error
+	}
+	revision, err := strconv.ParseUint(state.Header.Get("Nats-Sequence"), 10, 64)
 	if err != nil {
 		return nil, fmt.Errorf("status of operation %s: %w", w.operation, err)
 	}
-	r, err := decodeRecord(msg.Data)
+	r, err := decodeRecord(state.Data)
 	if err != nil {
 		return nil, err
 	}
