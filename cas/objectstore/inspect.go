@@ -114,3 +114,24 @@ func GenerationOf(stream string) (number uint32, ok bool) {
 	_, number, _, ok = parseStream(stream)
 	return number, ok
 }
+
+// Remove deletes a blob of at most 512 KiB from all generations. It is for blobs that nobody was
+// promised: who was told that it is present loses it.
+func (s *Store) Remove(ctx context.Context, d digest.Digest) error {
+	if familyOf(d) != small {
+		return fmt.Errorf("remove %v: it is too large", d)
+	}
+	for _, g := range s.generations() {
+		b := g.bucket(d)
+		if b == nil {
+			continue
+		}
+		for _, subject := range []string{b.meta(d), b.chunks + tail(d)} {
+			if err := s.small.purge(ctx, b.stream, subject); err != nil {
+				return fmt.Errorf("remove %v: %w", d, err)
+			}
+		}
+	}
+	s.forget(keyOf(d), s.generations()[0].number)
+	return nil
+}

@@ -61,7 +61,7 @@ func (b *Broker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer server.Stop()
-	forget, err := tellAddress(data, server.URL())
+	forget, err := tellAddress(data, "nats", server.URL())
 	if err != nil {
 		return err
 	}

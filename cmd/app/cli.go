@@ -24,6 +24,7 @@ type CLI struct {
 	Frontend Frontend `cmd:"" help:"Serve the Remote Execution API. Any number may run; they hold no state."`
 	Worker   Worker   `cmd:"" help:"Execute actions. Any number may run; each takes what it has room for."`
 	CAS      CAS      `cmd:"" name:"cas" help:"Look into the blobs of a running farm, put, get, list and verify them."`
+	Doctor   Doctor   `cmd:"" help:"Check this machine and a running farm, and say what to fix."`
 	Bazelrc  Bazelrc  `cmd:"" help:"Print the .bazelrc lines that make Bazel use this farm."`
 	Probe    Probe    `cmd:"" help:"Ask a role whether it is ready; for health checks in containers."`
 	Version  Version  `cmd:"" help:"Print the version."`

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -36,28 +37,51 @@ const (
 	operatorTimeout = 5 * time.Second
 )
 
-// tellAddress lets operators on this machine find the farm by its data directory.
-func tellAddress(data, url string) (forget func(), err error) {
+// tellAddress lets operators on this machine find the farm by its data directory. The fields are
+// those of the ready line.
+func tellAddress(data string, fields ...string) (forget func(), err error) {
 	path := filepath.Join(data, addressFile)
-	if err := os.WriteFile(path, []byte(url+"\n"), 0o644); err != nil { //nolint:gosec // it is no secret
+	var text strings.Builder
+	for pair := range slices.Chunk(fields, 2) {
+		if pair[1] != "" {
+			fmt.Fprintf(&text, "%s=%s\n", pair[0], pair[1])
+		}
+	}
+	if err := os.WriteFile(path, []byte(text.String()), 0o644); err != nil { //nolint:gosec // it is no secret
 		return nil, fmt.Errorf("data directory: %w", err)
 	}
 	return func() { os.Remove(path) }, nil //nolint:errcheck // a stale address is recognised by its silence
 }
 
+// local returns what a farm on this machine says of itself, and the file where it does.
+func (f *operatorFlags) local() (fields map[string]string, path string) {
+	data, err := dataDir(f.Data)
+	if err != nil {
+		return nil, ""
+	}
+	path = filepath.Join(data, addressFile)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return nil, path
+	}
+	fields = make(map[string]string)
+	for line := range strings.Lines(string(text)) {
+		if key, value, ok := strings.Cut(strings.TrimSpace(line), "="); ok {
+			fields[key] = value
+		}
+	}
+	return fields, path
+}
+
 // servers returns the URLs and how they were found, for errors.
 func (f *operatorFlags) servers() (urls []string, found string) {
 	if len(f.NATS) > 0 {
-		return f.NATS, "from --nats"
+		return f.NATS, "address from --nats"
 	}
-	data, err := dataDir(f.Data)
-	if err == nil {
-		path := filepath.Join(data, addressFile)
-		if text, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(text)) != "" {
-			return []string{strings.TrimSpace(string(text))}, "from " + path
-		}
+	if fields, path := f.local(); fields["nats"] != "" {
+		return []string{fields["nats"]}, "address from " + path
 	}
-	return []string{defaultNATS}, "the default; --nats names another"
+	return []string{defaultNATS}, "the default address; --nats names another"
 }
 
 // storage is the blobs of a farm, for an operator.
@@ -65,6 +89,7 @@ type storage struct {
 	connections []*nats.Conn
 	js          jetstream.JetStream
 	blobs       *objectstore.Store
+	replicas    int // of the streams
 }
 
 // connect opens connections to the farm's broker without waiting for it to come up.
@@ -77,7 +102,7 @@ func (f *operatorFlags) connect(ctx context.Context, p *process, names ...string
 		nc, err := broker.Connect(ctx, broker.ConnectConfig{Servers: urls, Name: "jetfarm " + name, Once: true, Log: p.log})
 		if err != nil {
 			closeAll(connections)
-			return nil, fmt.Errorf("%w (the address is %s)", err, found)
+			return nil, fmt.Errorf("%w (%s)", err, found)
 		}
 		connections = append(connections, nc)
 	}
@@ -128,6 +153,7 @@ func (s *storage) open(ctx context.Context, p *process) (err error) {
 	case replicas == 0:
 		return errNoFarm
 	}
+	s.replicas = replicas
 	s.blobs, err = objectstore.Open(ctx, objectstore.Config{
 		Small: s.connections[0], Bulk: s.connections[1], Replicas: replicas, Log: p.log,
 	})

@@ -58,7 +58,7 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer server.Stop()
-	forget, err := tellAddress(data, server.URL())
+	forget, err := tellAddress(data, "nats", server.URL(), "grpc", listeners.grpc.Addr().String(), "http", listeners.httpAddress())
 	if err != nil {
 		return err
 	}
