@@ -46,7 +46,7 @@ var packageRules = map[string]packageRule{
 	"cas/compress":      {},
 	"cas/chunking":      {own: []string{"cas", "cas/digest"}},
 	"cas/memory":        {own: []string{"cas", "cas/digest"}},
-	"cas/castest":       {own: []string{"cas", "cas/digest"}},
+	"cas/castest":       {own: []string{"cas", "cas/digest", "cas/compress"}},
 	"cas/disk":          {own: []string{"cas", "cas/digest", "cas/compress"}},
 	"cas/objectstore":   {own: []string{"cas", "cas/digest", "cas/compress"}, restrict: []string{natsImport}},
 	"cas/actioncache":   {own: []string{"cas", "cas/digest"}, restrict: []string{natsImport}},

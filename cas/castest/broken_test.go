@@ -2,16 +2,21 @@ package castest_test
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -104,6 +109,122 @@ var broken = map[string]func(*castest.Memory) cas.Store{
 	},
 }
 
+// brokenUploads are the same for castest.RunResumer.
+var brokenUploads = map[string]func(*castest.Resumable) cas.Store{
+	"GoesOn": func(m *castest.Resumable) cas.Store {
+		return uploads{Resumable: m, committed: func(context.Context, digest.Digest, string) (int64, error) { return 0, nil }}
+	},
+	"AnyOffset": func(m *castest.Resumable) cas.Store {
+		return uploads{Resumable: m, putFrom: func(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
+			if kept, err := m.Committed(ctx, d, upload); err == nil && offset > 0 && offset < kept {
+				return cas.ErrNotKept
+			}
+			return m.PutFrom(ctx, d, upload, offset, r)
+		}}
+	},
+	"NotKept": func(m *castest.Resumable) cas.Store {
+		return uploads{Resumable: m, putFrom: func(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
+			data, err := io.ReadAll(r)
+			return m.PutFrom(ctx, d, upload, offset, io.MultiReader(bytes.NewReader(data), iotest.ErrReader(cmp.Or(err, io.EOF))))
+		}}
+	},
+	"MismatchOfParts": func(m *castest.Resumable) cas.Store {
+		wrong := false
+		return uploads{
+			Resumable: m,
+			committed: func(ctx context.Context, d digest.Digest, upload string) (int64, error) {
+				kept, err := m.Committed(ctx, d, upload)
+				if wrong {
+					kept++
+				}
+				return kept, err
+			},
+			putFrom: func(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
+				err := m.PutFrom(ctx, d, upload, offset, r)
+				wrong = errors.Is(err, cas.ErrMismatch)
+				return err
+			},
+		}
+	},
+	"UploadsAreSeparate": func(m *castest.Resumable) cas.Store {
+		return uploads{
+			Resumable: m,
+			committed: func(ctx context.Context, d digest.Digest, _ string) (int64, error) { return m.Committed(ctx, d, "") },
+			putFrom: func(ctx context.Context, d digest.Digest, _ string, offset int64, r io.Reader) error {
+				return m.PutFrom(ctx, d, "", offset, r)
+			},
+		}
+	},
+}
+
+// brokenFrames are the same for castest.RunFrames.
+var brokenFrames = map[string]func(*castest.Memory) cas.Store{
+	"FrameOffsets": func(m *castest.Memory) cas.Store {
+		return framed{m, func(ctx context.Context, d digest.Digest, _ int64) (io.ReadCloser, error) {
+			return opener{m}.OpenFrames(ctx, d, 0)
+		}}
+	},
+	"FramesAbsent": func(m *castest.Memory) cas.Store {
+		return framed{m, func(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+			r, err := opener{m}.OpenFrames(ctx, d, offset)
+			if errors.Is(err, cas.ErrNotFound) {
+				return io.NopCloser(strings.NewReader("")), nil
+			}
+			return r, err
+		}}
+	},
+	"FramesCompress": func(m *castest.Memory) cas.Store {
+		return framed{m, func(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+			r, err := m.Open(ctx, d, offset)
+			if err != nil {
+				return nil, err
+			}
+			data, err := io.ReadAll(r)
+			var frames []byte
+			for _, b := range data {
+				frames = compress.Append(frames, []byte{b})
+			}
+			return io.NopCloser(bytes.NewReader(frames)), errors.Join(err, r.Close())
+		}}
+	},
+	"FramesDoneContext": func(m *castest.Memory) cas.Store {
+		return framed{m, func(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+			return opener{m}.OpenFrames(context.WithoutCancel(ctx), d, offset)
+		}}
+	},
+}
+
+// uploads is Resumable with other methods.
+type uploads struct {
+	*castest.Resumable
+	committed func(context.Context, digest.Digest, string) (int64, error)
+	putFrom   func(context.Context, digest.Digest, string, int64, io.Reader) error
+}
+
+func (s uploads) Committed(ctx context.Context, d digest.Digest, upload string) (int64, error) {
+	if s.committed != nil {
+		return s.committed(ctx, d, upload)
+	}
+	return s.Resumable.Committed(ctx, d, upload)
+}
+
+func (s uploads) PutFrom(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
+	if s.putFrom != nil {
+		return s.putFrom(ctx, d, upload, offset, r)
+	}
+	return s.Resumable.PutFrom(ctx, d, upload, offset, r)
+}
+
+// framed is Memory with frames of its own.
+type framed struct {
+	*castest.Memory
+	open func(context.Context, digest.Digest, int64) (io.ReadCloser, error)
+}
+
+func (s framed) OpenFrames(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	return s.open(ctx, d, offset)
+}
+
 // store is Memory with other methods.
 type store struct {
 	*castest.Memory
@@ -148,15 +269,23 @@ const breakVariable = "CASTEST_BROKEN"
 
 // TestBroken is run by TestSuiteFindsFaults in a process of its own.
 func TestBroken(t *testing.T) {
-	if open := broken[os.Getenv(breakVariable)]; open != nil {
+	name := os.Getenv(breakVariable)
+	if open := broken[name]; open != nil {
 		castest.Run(t, func(testing.TB) cas.Store { return open(castest.NewMemory()) })
+	}
+	if open := brokenUploads[name]; open != nil {
+		castest.RunResumer(t, func(testing.TB) cas.Store { return open(castest.NewResumable()) })
+	}
+	if open := brokenFrames[name]; open != nil {
+		castest.RunFrames(t, func(testing.TB) cas.Store { return open(castest.NewMemory()) })
 	}
 }
 
-// TestSuiteFindsFaults: each part of the suite can fail.
+// TestSuiteFindsFaults: each part of the suites can fail.
 func TestSuiteFindsFaults(t *testing.T) {
 	t.Parallel()
-	for name := range broken {
+	names := slices.Concat(slices.Collect(maps.Keys(broken)), slices.Collect(maps.Keys(brokenUploads)), slices.Collect(maps.Keys(brokenFrames)))
+	for _, name := range names {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestBroken$/^"+name+"$")
