@@ -67,7 +67,6 @@ func (t *Tier) holds(d digest.Digest, executable bool) bool {
 // is larger than the tier, or that is evicted again and again before its use, gets a file for this
 // call only.
 func (t *Tier) with(ctx context.Context, d digest.Digest, executable bool, use func(path string) error) error {
-	const attempts = 5
 	if d.IsImpossible() {
 		return fmt.Errorf("%w: %v", cas.ErrNotFound, d)
 	}
@@ -86,7 +85,7 @@ func (t *Tier) with(ctx context.Context, d digest.Digest, executable bool, use f
 		err = use(path)
 		switch {
 		case errors.Is(err, unix.EMLINK):
-			if err := t.renew(ctx, e, d); err != nil {
+			if err := t.recreate(ctx, e, d); err != nil {
 				return err
 			}
 		case errors.Is(err, fs.ErrNotExist) && gone(path):
@@ -103,8 +102,8 @@ func gone(path string) bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// renew replaces a file that can have no more links by a copy.
-func (t *Tier) renew(ctx context.Context, e entry, d digest.Digest) error {
+// recreate replaces a file that can have no more links by a copy.
+func (t *Tier) recreate(ctx context.Context, e entry, d digest.Digest) error {
 	part, err := t.begin(ctx, d)
 	if err != nil {
 		return err
