@@ -3,8 +3,10 @@ package disk
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 
+	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -54,6 +56,16 @@ func (f *feed) read(ctx context.Context, p []byte) (int, error) {
 		err = context.Cause(ctx)
 	}
 	return n, err
+}
+
+// verdict is what the source says at the end of the blob: io.EOF, or what is wrong with it.
+func (f *feed) verdict(ctx context.Context) error {
+	var more [1]byte
+	_, err := f.read(ctx, more[:])
+	if err == nil {
+		err = fmt.Errorf("%w: it continues after its end", cas.ErrMismatch)
+	}
+	return err
 }
 
 // close ends the feed; f may be nil.

@@ -29,6 +29,7 @@ type flight struct {
 	// ready is how many bytes of file may be read. All of them only when they have the digest.
 	ready atomic.Int64
 	file  *os.File // set before ready
+	sum   uint32   // of the whole, set before ready is that
 
 	part *partial // belongs to the holder of the baton
 	from *feed    // belongs to the holder of the baton
@@ -134,6 +135,9 @@ func (t *Tier) turn(ctx context.Context, f *flight, k key, d digest.Digest, buf 
 	}
 	switch {
 	case err != nil && ctx.Err() != nil:
+		if p := f.part; p != nil && !p.torn && p.seen.Size() < d.Size() {
+			f.ready.Store(p.seen.Size()) // The context may have ended as bytes came.
+		}
 		f.baton <- struct{}{}
 		return 0, entry{}, context.Cause(ctx)
 	case err != nil:
@@ -144,6 +148,7 @@ func (t *Tier) turn(ctx context.Context, f *flight, k key, d digest.Digest, buf 
 		f.baton <- struct{}{}
 		return n, entry{}, nil
 	}
+	f.sum = f.part.sum
 	f.ready.Store(d.Size())
 	if e, err = t.publish(ctx, f.part, k); err == nil {
 		f.part = nil
@@ -172,26 +177,20 @@ func (t *Tier) bring(ctx context.Context, f *flight, d digest.Digest, buf []byte
 	if at < d.Size() {
 		n, err = f.from.read(ctx, buf[:min(int64(len(buf)), d.Size()-at)])
 		t.metrics.fetched.Add(float64(n))
-		if n > 0 {
-			if _, err := f.part.Write(buf[:n]); err != nil {
-				return 0, err
-			}
+		if _, err := f.part.Write(buf[:n]); err != nil {
+			return 0, err
 		}
-		if errors.Is(err, io.EOF) {
-			return n, f.part.seen.Verdict()
-		}
-		if err != nil || f.part.seen.Size() < d.Size() {
-			return n, err
+		if err == nil && f.part.seen.Size() < d.Size() {
+			return n, nil
 		}
 	}
-	var more [1]byte
-	switch _, err := f.from.read(ctx, more[:]); {
-	case err == nil:
-		return n, fmt.Errorf("%w: %v continues after %d bytes", cas.ErrMismatch, d, d.Size())
-	case !errors.Is(err, io.EOF):
-		return n, err
+	if err == nil {
+		err = f.from.verdict(ctx)
 	}
-	return n, f.part.seen.Verdict()
+	if errors.Is(err, io.EOF) {
+		err = f.part.seen.Verdict()
+	}
+	return n, err
 }
 
 var errTorn = errors.New("a write of the file has failed")

@@ -50,14 +50,14 @@ func (t *Tier) Copy(ctx context.Context, d digest.Digest, executable bool, dst s
 func (t *Tier) variant(d digest.Digest, preferred bool) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.holds(d, preferred) || !t.holds(d, !preferred) {
+	if t.fresh(d, preferred) || !t.fresh(d, !preferred) {
 		return preferred
 	}
 	return !preferred
 }
 
-// holds reports whether there is a file that can be used at once; t.mu must be held.
-func (t *Tier) holds(d digest.Digest, executable bool) bool {
+// fresh reports whether there is a file that can be used at once; t.mu must be held.
+func (t *Tier) fresh(d digest.Digest, executable bool) bool {
 	e, ok := t.index.get(t.keyOf(d, executable))
 	return ok && e.size == d.Size() && e.generation >= t.trusted
 }

@@ -75,7 +75,7 @@ func parseName(name string) (space string, e entry, ok bool) {
 	if summed {
 		var v uint64
 		v, errs[3] = strconv.ParseUint(sum, 16, 32)
-		e.sum, e.summed = uint32(v), true //nolint:gosec // ParseUint was told 32 bits.
+		e.sum, e.summed = uint32(v), true
 	}
 	if errs != [4]error{} || e.size <= 0 {
 		return "", entry{}, false

@@ -174,7 +174,7 @@ func TestDamagedFile(t *testing.T) {
 				if kind == "before a boot" {
 					x.reboot(t, func(string) {})
 				}
-				r := x.openAt(t, t.Context(), d, 0)
+				r := x.openAt(t.Context(), t, d, 0)
 				var got bytes.Buffer
 				_, err := io.Copy(&got, r)
 				r.Close()

@@ -68,7 +68,7 @@ func (t *Tier) find(d digest.Digest, offset int64) (entry, *flight, key) {
 	plain := t.keyOf(d, false)
 	executable := plain
 	executable.executable = true
-	for _, fresh := range []bool{true, offset != 0} { // One from before the last boot is hashed, so it is read whole.
+	for _, fresh := range []bool{true, offset != 0} { // A file from before the last boot is hashed: read from its start.
 		for _, k := range []key{plain, executable} {
 			if e, ok := t.index.get(k); ok && e.size == d.Size() && (e.generation >= t.trusted || !fresh) {
 				t.index.use(k)
@@ -100,12 +100,6 @@ func (t *Tier) follow(ctx context.Context, f *flight, k key, d digest.Digest) (i
 // reader pays for the file, not its writer.
 func (t *Tier) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
 	return t.source.Put(ctx, d, r)
-}
-
-// PutBatch implements cas.BatchPutter.
-func (t *Tier) PutBatch(ctx context.Context, ds []digest.Digest, data [][]byte) []error {
-	const width = 32 // for a source that takes no batches
-	return cas.PutBatch(ctx, t.source, width, ds, data)
 }
 
 // Missing implements cas.Store.

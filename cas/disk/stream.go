@@ -84,7 +84,7 @@ func (s *stream) next(ctx context.Context, p []byte) (int, error) {
 			continue
 		}
 		if s.pos == s.digest.Size() {
-			return 0, io.EOF
+			return 0, s.verdict()
 		}
 		n, err := s.turn(ctx, p)
 		if isLocal(err) {
@@ -95,6 +95,14 @@ func (s *stream) next(ctx context.Context, p []byte) (int, error) {
 		}
 	}
 	return s.alone.Read(p)
+}
+
+// verdict is io.EOF when what was delivered is what was verified.
+func (s *stream) verdict() error {
+	if s.sum != s.flight.sum {
+		return fmt.Errorf("%w: the file of %v has changed while it was read", cas.ErrMismatch, s.digest)
+	}
+	return io.EOF
 }
 
 // turn takes a turn when nobody else does.
@@ -111,7 +119,7 @@ func (s *stream) turn(ctx context.Context, p []byte) (int, error) {
 		f.baton <- struct{}{} // It was taken out above: this never waits.
 		return 0, nil
 	}
-	if len(p) < smallest {
+	if len(p) < smallest || f.part != nil && f.part.seen.Size() != s.pos {
 		buf := s.t.buffers.get()
 		defer s.t.buffers.put(buf)
 		_, _, err := s.t.turn(ctx, f, s.key, s.digest, *buf)

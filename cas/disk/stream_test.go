@@ -23,7 +23,7 @@ import (
 )
 
 // openAt opens a blob that is there.
-func (x *fixture) openAt(t testing.TB, ctx context.Context, d digest.Digest, offset int64) io.ReadCloser {
+func (x *fixture) openAt(ctx context.Context, t testing.TB, d digest.Digest, offset int64) io.ReadCloser {
 	t.Helper()
 	r, err := x.Open(ctx, d, offset)
 	if err != nil {
@@ -35,7 +35,7 @@ func (x *fixture) openAt(t testing.TB, ctx context.Context, d digest.Digest, off
 // read reads a blob from an offset on through WriteTo or Read.
 func (x *fixture) read(t testing.TB, d digest.Digest, offset int64, want []byte) {
 	t.Helper()
-	r := x.openAt(t, t.Context(), d, offset)
+	r := x.openAt(t.Context(), t, d, offset)
 	got, err := io.ReadAll(r)
 	if err := errors.Join(err, r.Close()); err != nil || !bytes.Equal(got, want[offset:]) {
 		t.Fatalf("reading %v from %d: %d bytes, error %v", d, offset, len(got), err)
@@ -94,7 +94,7 @@ func TestFillsAtOnce(t *testing.T) {
 	var readers []io.ReadCloser
 	for range 20 {
 		d, _ := x.blob(t, 1<<20)
-		r := x.openAt(t, t.Context(), d, 0)
+		r := x.openAt(t.Context(), t, d, 0)
 		if _, err := r.Read(make([]byte, 1)); err != nil {
 			t.Fatal(err)
 		}
@@ -121,7 +121,7 @@ func TestFirstByteComesAtOnce(t *testing.T) {
 	d, data := x.blob(t, 4<<20)
 	held := x.gate(1 << 20)
 	ctx, cancel := context.WithCancelCause(t.Context())
-	r := x.openAt(t, ctx, d, 0)
+	r := x.openAt(ctx, t, d, 0)
 	got := make([]byte, 1<<20)
 	if _, err := io.ReadFull(r, got); err != nil || !bytes.Equal(got, data[:1<<20]) {
 		t.Errorf("the first MiB: error %v", err)
@@ -145,7 +145,7 @@ func TestFirstByteComesAtOnce(t *testing.T) {
 func TestSlowReaderHoldsNobodyUp(t *testing.T) {
 	x := start(t, 64<<20)
 	d, data := x.blob(t, 6<<20)
-	slow := x.openAt(t, t.Context(), d, 0)
+	slow := x.openAt(t.Context(), t, d, 0)
 	first := make([]byte, 1)
 	if _, err := io.ReadFull(slow, first); err != nil {
 		t.Fatal(err)
@@ -153,7 +153,7 @@ func TestSlowReaderHoldsNobodyUp(t *testing.T) {
 	x.read(t, d, 0, data)
 	x.link(t, d, false, data)
 	rest, err := io.ReadAll(slow)
-	if err := errors.Join(err, slow.Close()); err != nil || !bytes.Equal(append(first, rest...), data) {
+	if err := errors.Join(err, slow.Close()); err != nil || !bytes.Equal(slices.Concat(first, rest), data) {
 		t.Errorf("the slow reader got %d bytes, error %v", len(rest)+1, err)
 	}
 	x.wantOpens(t, 1)
@@ -173,7 +173,7 @@ func TestFetchSurvivesItsFirstReader(t *testing.T) {
 				held = x.gate(1 << 20)
 			}
 			ctx, cancel := context.WithCancelCause(t.Context())
-			first, second := x.openAt(t, ctx, d, 0), x.openAt(t, t.Context(), d, 0)
+			first, second := x.openAt(ctx, t, d, 0), x.openAt(t.Context(), t, d, 0)
 			var g errgroup.Group
 			if inTurn {
 				g.Go(func() error {
@@ -207,6 +207,61 @@ func TestFetchSurvivesItsFirstReader(t *testing.T) {
 			x.wantSound(t)
 		})
 	}
+}
+
+// TestCancelledAsBytesCome: the bytes of a turn whose context ends with them are neither lost nor
+// delivered twice.
+func TestCancelledAsBytesCome(t *testing.T) {
+	for _, after := range []int64{2 << 20, 3 << 20} {
+		x := start(t, 64<<20)
+		d, data := x.blob(t, 3<<20)
+		ctx, cancel := context.WithCancelCause(t.Context())
+		x.source.Store = &hooked{Store: x.source.Store, after: after, hook: func(ended context.Context) {
+			cancel(errStop)
+			<-ended.Done()
+		}}
+		first, second := x.openAt(ctx, t, d, 0), x.openAt(t.Context(), t, d, 0)
+		if _, err := io.Copy(io.Discard, first); !errors.Is(err, errStop) {
+			t.Errorf("the first reader: error %v", err)
+		}
+		first.Close()
+		var got bytes.Buffer
+		_, err := io.CopyBuffer(struct{ io.Writer }{&got}, second, make([]byte, 1<<20))
+		if err := errors.Join(err, second.Close()); err != nil || !bytes.Equal(got.Bytes(), data) {
+			t.Errorf("the second reader got %d bytes, error %v", got.Len(), err)
+		}
+		x.wantSound(t)
+	}
+}
+
+// hooked is a store whose first reader calls the hook as it returns the bytes from after on.
+type hooked struct {
+	cas.Store
+	after int64
+	hook  func(context.Context)
+	opens atomic.Int64
+}
+
+func (h *hooked) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	r, err := h.Store.Open(ctx, d, offset)
+	if err != nil || h.opens.Add(1) > 1 {
+		return r, err
+	}
+	at := offset
+	return struct {
+		io.Reader
+		io.Closer
+	}{readerFunc(func(p []byte) (int, error) {
+		if at == h.after-1<<20 {
+			p = p[:min(len(p), 700<<10)] // so that the next turn begins elsewhere than a message does
+		}
+		n, err := r.Read(p)
+		if at += int64(n); at > h.after-1<<20 && h.hook != nil {
+			h.hook(ctx)
+			h.hook = nil
+		}
+		return n, err
+	}), r}, nil
 }
 
 // TestReadOfABadSource: what a store does wrong reaches the reader as an error, never as the end, and
@@ -266,7 +321,7 @@ func TestBrokenFileSystem(t *testing.T) {
 		d, data := x.blob(t, 3<<20)
 		var readers []io.ReadCloser
 		for range 3 {
-			r := x.openAt(t, t.Context(), d, 0)
+			r := x.openAt(t.Context(), t, d, 0)
 			if _, err := io.ReadFull(r, make([]byte, len(readers)<<19)); err != nil {
 				t.Fatal(err)
 			}
@@ -285,7 +340,7 @@ func TestBrokenFileSystem(t *testing.T) {
 	t.Run("the source has other bytes", func(t *testing.T) {
 		x := start(t, 64<<20)
 		d, data := x.blob(t, 3<<20)
-		r := x.openAt(t, t.Context(), d, 0)
+		r := x.openAt(t.Context(), t, d, 0)
 		defer r.Close()
 		if _, err := io.ReadFull(r, make([]byte, 1<<20)); err != nil {
 			t.Fatal(err)

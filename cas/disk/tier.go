@@ -67,6 +67,9 @@ var (
 	_ cas.Confirmer = (*Tier)(nil)
 	_ cas.Resumer   = (*Tier)(nil)
 	_ cas.Sizer     = (*Tier)(nil)
+
+	_ cas.BatchPutter = (*Tier)(nil)
+	_ cas.BatchReader = (*Tier)(nil)
 )
 
 // Run evicts in the background, so that only a sudden flood makes callers evict. It returns nil
