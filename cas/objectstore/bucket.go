@@ -45,11 +45,14 @@ type bucket struct {
 	generation uint32
 	shard      int
 
-	// budget holds the bytes published to the stream and not yet acknowledged.
-	budget *semaphore.Weighted
+	// flow bounds the bytes published to the stream and not yet acknowledged. An upload goes through
+	// budget, which is the flow and, in the copy of the bucket that place returns, counts them.
+	flow   *semaphore.Weighted
+	budget budget
 }
 
-func newBucket(f family, generation uint32, shard int, budget int64) *bucket {
+func newBucket(f family, generation uint32, shard int, inFlight int64) *bucket {
+	flow := semaphore.NewWeighted(inFlight)
 	name := fmt.Sprintf("cas-%s-%d-%d", f, generation, shard)
 	return &bucket{
 		name:       name,
@@ -59,7 +62,8 @@ func newBucket(f family, generation uint32, shard int, budget int64) *bucket {
 		family:     f,
 		generation: generation,
 		shard:      shard,
-		budget:     semaphore.NewWeighted(budget),
+		flow:       flow,
+		budget:     flow,
 	}
 }
 

@@ -25,6 +25,22 @@ type Config struct {
 	Replicas int
 	// MaxBytes bounds each stream made here; 0 is no bound.
 	MaxBytes int64
+	// Maintain makes this Store take part in keeping the generations: one of those that do rotates,
+	// drops and cleans up, as long as its Run goes on.
+	Maintain bool
+	// MaxSize is the most bytes of all streams; 0 is what TellDisk says the broker has to offer, and no
+	// bound where nothing says so.
+	MaxSize int64
+	// MaxBlobs is about the most blobs, since each takes memory of the broker and of this process; 10
+	// million by default.
+	MaxBlobs int64
+	// Retention is how long a blob that was reported present stays at least. Where that leaves no room,
+	// uploads are refused with cas.ErrFull. 0 promises nothing in time, only in bytes: see doc.go.
+	Retention time.Duration
+	// MaxAge is after which time a generation that has blobs is followed by a new one; 24 h by default.
+	MaxAge time.Duration
+	// OrphanAge is for how long chunks of an upload that broke off are kept; 1 h by default.
+	OrphanAge time.Duration
 	// RequestTimeout bounds one request to the broker; 5 s by default.
 	RequestTimeout time.Duration
 	// StallTimeout bounds the silence of the broker within a transfer; 10 s by default. A transfer
@@ -52,6 +68,15 @@ func (c Config) withDefaults() (Config, error) {
 	if c.WriteBudget == 0 {
 		c.WriteBudget = 64 << 20
 	}
+	if c.MaxBlobs == 0 {
+		c.MaxBlobs = 10_000_000
+	}
+	if c.MaxAge == 0 {
+		c.MaxAge = 24 * time.Hour
+	}
+	if c.OrphanAge == 0 {
+		c.OrphanAge = time.Hour
+	}
 	var errs []error
 	if c.Small == nil || c.Bulk == nil {
 		errs = append(errs, errors.New("objectstore: both connections are needed"))
@@ -62,7 +87,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Replicas < 1 || c.Replicas > 5 {
 		errs = append(errs, fmt.Errorf("objectstore: %d replicas, 1 to 5 are possible", c.Replicas))
 	}
-	if c.MaxBytes < 0 || c.RequestTimeout < 0 || c.StallTimeout < 0 {
+	if c.MaxSize < 0 || c.MaxBlobs < 0 || c.Retention < 0 || c.MaxAge < 0 || c.OrphanAge < 0 || c.MaxBytes < 0 || c.RequestTimeout < 0 || c.StallTimeout < 0 {
 		errs = append(errs, errors.New("objectstore: a negative bound"))
 	}
 	if c.WriteBudget < chunkSize {

@@ -15,6 +15,8 @@ import (
 var (
 	// errExists is the broker's refusal of a message whose subject has one already.
 	errExists = errors.New("already stored")
+	// errNoRoom is a refusal because of the size of what is stored already.
+	errNoRoom = errors.New("the broker has no room")
 	// errBusy is a refusal that a later attempt may not meet: too many messages wait to be stored, or
 	// one of the same subject does.
 	errBusy = errors.New("the stream is busy")
@@ -47,7 +49,7 @@ func apiError(err *jetstream.APIError) error {
 	case codeNoMessage:
 		return fmt.Errorf("%w: %w", cas.ErrNotFound, err)
 	case codeStoreFailed, codeInsufficient, codeStorageResources, codeMemoryResources, codeAccountResources:
-		return fmt.Errorf("%w: %w", cas.ErrFull, err)
+		return fmt.Errorf("%w: %w: %w", cas.ErrFull, errNoRoom, err)
 	}
 	if err.Code == 429 {
 		return fmt.Errorf("%w: %w", errBusy, err)

@@ -68,9 +68,10 @@ func findBucket(gs []*generation, stream string) *bucket {
 }
 
 // openGenerations finds the live generations by the names of their streams, newest first, and makes
-// the streams of the newest complete. Without any it makes generation 1. Buckets that are known stay
-// the same, since writers share their budget, and their streams are made only if they are gone.
-func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config, known []*generation) ([]*generation, error) {
+// the streams of the newest complete. Those up to dropped are not alive, whatever there is of them.
+// Without any it makes the one after dropped. Buckets that are known stay the same, since writers share
+// their budget, and their streams are made only if they are gone.
+func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config, known []*generation, dropped uint32) ([]*generation, error) {
 	byNumber := make(map[uint32]*generation)
 	open := func(f family, number uint32, shard int) *bucket {
 		b := newBucket(f, number, shard, cfg.WriteBudget)
@@ -82,7 +83,7 @@ func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config, kn
 	names := js.StreamNames(ctx)
 	for name := range names.Name() {
 		f, number, shard, ok := parseStream(name)
-		if !ok {
+		if !ok || number <= dropped {
 			continue
 		}
 		if byNumber[number] == nil {
@@ -94,7 +95,7 @@ func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config, kn
 		return nil, fmt.Errorf("list streams: %w", err)
 	}
 	if len(byNumber) == 0 {
-		byNumber[1] = &generation{number: 1}
+		byNumber[dropped+1] = &generation{number: dropped + 1}
 	}
 	live := make([]*generation, 0, len(byNumber))
 	for _, g := range byNumber {

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
@@ -77,7 +78,8 @@ const indexShards = 64
 // that was not listed stays if it was set while the listing ran. The rejected alternative is a second
 // index that a listing fills, which takes twice the memory and has to hear of everything as well.
 type index struct {
-	shards [indexShards]indexShard
+	shards  [indexShards]indexShard
+	dropped atomic.Uint32 // entries up to this generation count as absent
 }
 
 type indexShard struct {
@@ -102,11 +104,36 @@ func (x *index) get(k key, size int64) (entry, bool) {
 	s.mu.RLock()
 	e, ok := s.entries[k]
 	s.mu.RUnlock()
+	if ok && e.generation() <= x.dropped.Load() {
+		return 0, false
+	}
 	return e, ok && e.size() == size
+}
+
+// drop makes the entries up to a generation absent. They stay until prune.
+func (x *index) drop(generation uint32) {
+	for old := x.dropped.Load(); old < generation; old = x.dropped.Load() {
+		if x.dropped.CompareAndSwap(old, generation) {
+			return
+		}
+	}
+}
+
+// prune removes the entries that drop made absent.
+func (x *index) prune() {
+	dropped := x.dropped.Load()
+	x.each(func(entries map[key]entry, k key, e entry) {
+		if e.generation() <= dropped {
+			delete(entries, k)
+		}
+	})
 }
 
 // set adds an entry, or marks the one that is there, unless a newer generation has the blob.
 func (x *index) set(k key, e entry) {
+	if e.generation() <= x.dropped.Load() {
+		return
+	}
 	s := x.shard(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()

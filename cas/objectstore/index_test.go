@@ -304,6 +304,10 @@ func TestMetrics(t *testing.T) {
 		"jetfarm_cas_puts_total ok": 1, "jetfarm_cas_gets_total ok": 1, "jetfarm_cas_gets_total not_found": 1,
 		"jetfarm_cas_written_bytes_total": 1000, "jetfarm_cas_read_bytes_total": 1000, "jetfarm_cas_index_entries": 1,
 		"jetfarm_cas_announcements_lost_total": 0, "jetfarm_cas_index_repairs_total": 0, "jetfarm_cas_orphaned_uploads_total": 0,
+		"jetfarm_cas_generations": 1, "jetfarm_cas_stored_bytes": 0, "jetfarm_cas_limit_bytes": 0, "jetfarm_cas_full": 0,
+		"jetfarm_cas_rotations_total": 0, "jetfarm_cas_evicted_blobs_total": 0, "jetfarm_cas_evicted_bytes_total": 0,
+		"jetfarm_cas_evicted_age_seconds": 0, "jetfarm_cas_purged_uploads_total": 0, "jetfarm_cas_copied_blobs_total": 0,
+		"jetfarm_cas_copied_bytes_total": 0, "jetfarm_cas_copy_failures_total": 0,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("metrics (-want +got):\n%s", diff)

@@ -16,9 +16,13 @@ type metrics struct {
 	lostAnnouncements       prometheus.Counter
 	repairs                 prometheus.Counter
 	orphans                 prometheus.Counter
+
+	rotations, evictedBlobs, evictedBytes, purged prometheus.Counter
+	copiedBlobs, copiedBytes, copyFailures        prometheus.Counter
+	evictedAge                                    prometheus.Gauge
 }
 
-func newMetrics(r prometheus.Registerer, x *index) (*metrics, error) {
+func newMetrics(r prometheus.Registerer, s *Store) (*metrics, error) {
 	counter := func(name, help string) prometheus.Counter {
 		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: "jetfarm", Subsystem: "cas", Name: name, Help: help})
 	}
@@ -33,15 +37,40 @@ func newMetrics(r prometheus.Registerer, x *index) (*metrics, error) {
 		lostAnnouncements: counter("announcements_lost_total", "Stored blobs that other processes were not told of, because too many waited."),
 		repairs:           counter("index_repairs_total", "Listings of the live generations after a gap in the announcements."),
 		orphans:           counter("orphaned_uploads_total", "Failed uploads whose chunks could not be removed."),
+
+		rotations:    counter("rotations_total", "Generations that this process has begun."),
+		evictedBlobs: counter("evicted_blobs_total", "Blobs in generations that this process has dropped, those copied forward before included."),
+		evictedBytes: counter("evicted_bytes_total", "Bytes of the generations that this process has dropped."),
+		purged:       counter("purged_uploads_total", "Uploads that broke off whose chunks this process has removed."),
+		copiedBlobs:  counter("copied_blobs_total", "Blobs that this process has copied from an old generation into the current one."),
+		copiedBytes:  counter("copied_bytes_total", "Bytes of those blobs."),
+		copyFailures: counter("copy_failures_total", "Blobs that could not be copied."),
+		evictedAge: prometheus.NewGauge(prometheus.GaugeOpts{
+			Namespace: "jetfarm", Subsystem: "cas", Name: "evicted_age_seconds",
+			Help: "How long ago the generation that was dropped last was written to, in the process that dropped it.",
+		}),
 	}
-	entries := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-		Namespace: "jetfarm", Subsystem: "cas", Name: "index_entries", Help: "Blobs that the index knows.",
-	}, func() float64 { return float64(x.len()) })
+	gauge := func(name, help string, f func() float64) prometheus.Collector {
+		return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "jetfarm", Subsystem: "cas", Name: name, Help: help}, f)
+	}
 	if r == nil {
 		return m, nil
 	}
 	var errs []error
-	for _, c := range []prometheus.Collector{m.puts, m.gets, m.writtenBytes, m.readBytes, m.lostAnnouncements, m.repairs, m.orphans, entries} {
+	for _, c := range []prometheus.Collector{
+		m.puts, m.gets, m.writtenBytes, m.readBytes, m.lostAnnouncements, m.repairs, m.orphans,
+		m.rotations, m.evictedBlobs, m.evictedBytes, m.purged, m.copiedBlobs, m.copiedBytes, m.copyFailures, m.evictedAge,
+		gauge("index_entries", "Blobs that the index knows.", func() float64 { return float64(s.index.len()) }),
+		gauge("generations", "Generations that live.", func() float64 { return float64(len(s.generations())) }),
+		gauge("stored_bytes", "Bytes of all streams of blobs when the rotator looked last.", func() float64 { return float64(s.known().Used) }),
+		gauge("limit_bytes", "Most bytes of all streams of blobs; 0 is no bound.", func() float64 { return float64(s.known().Limit) }),
+		gauge("full", "1 while no blob can be stored.", func() float64 {
+			if s.known().Full != "" {
+				return 1
+			}
+			return 0
+		}),
+	} {
 		errs = append(errs, r.Register(c))
 	}
 	return m, errors.Join(errs...)

@@ -26,6 +26,7 @@ type stored struct {
 	sequence uint64
 	header   nats.Header
 	data     []byte
+	time     time.Time // when it was stored; only known from the leader
 }
 
 // last returns the last message of the subject from any replica. With replicas, cas.ErrNotFound may
@@ -75,15 +76,16 @@ func (a api) fromLeader(ctx context.Context, stream string, request map[string]a
 	var answer struct {
 		refusal
 		Message struct {
-			Sequence uint64 `json:"seq"`
-			Header   []byte `json:"hdrs"`
-			Data     []byte `json:"data"`
+			Sequence uint64    `json:"seq"`
+			Header   []byte    `json:"hdrs"`
+			Data     []byte    `json:"data"`
+			Time     time.Time `json:"time"`
 		} `json:"message"`
 	}
 	if err := a.call(ctx, "STREAM.MSG.GET."+stream, request, &answer); err != nil {
 		return stored{}, err
 	}
-	m := stored{sequence: answer.Message.Sequence, data: answer.Message.Data}
+	m := stored{sequence: answer.Message.Sequence, data: answer.Message.Data, time: answer.Message.Time}
 	if len(answer.Message.Header) > 0 {
 		var err error
 		if m.header, err = nats.DecodeHeadersMsg(answer.Message.Header); err != nil {
@@ -130,6 +132,11 @@ func (a api) delete(ctx context.Context, stream string, sequence uint64) error {
 // purge removes all messages of the subject.
 func (a api) purge(ctx context.Context, stream, subject string) error {
 	return a.call(ctx, "STREAM.PURGE."+stream, map[string]any{"filter": subject}, new(refusal))
+}
+
+// purgeUpTo removes the messages of the subject up to a sequence.
+func (a api) purgeUpTo(ctx context.Context, stream, subject string, sequence uint64) error {
+	return a.call(ctx, "STREAM.PURGE."+stream, map[string]any{"filter": subject, "seq": sequence + 1}, new(refusal))
 }
 
 // refusal is the part of an answer that says why the broker did not do what was asked.

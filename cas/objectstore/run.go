@@ -34,6 +34,14 @@ func (s *Store) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("objectstore: %w", brokerError(ctx, err))
 	}
+	subs := []*nats.Subscription{sub}
+	for _, subject := range s.subjects() {
+		more, err := s.cfg.Small.ChanSubscribe(subject, arriving)
+		if err != nil {
+			return errors.Join(fmt.Errorf("objectstore: %w", brokerError(ctx, err)), s.unsubscribe(subs))
+		}
+		subs = append(subs, more)
+	}
 	slow := sub.StatusChanged(nats.SubscriptionSlowConsumer)
 	connected := s.cfg.Small.StatusChanged(nats.CONNECTED)
 	defer s.cfg.Small.RemoveStatusListener(connected)
@@ -43,14 +51,37 @@ func (s *Store) Run(ctx context.Context) error {
 	group.Go(func() error { return s.announce(bound) })
 	group.Go(func() error { return s.listen(bound, arriving, slow, connected) })
 	group.Go(func() error { return s.repair(bound) })
+	group.Go(func() error { return s.carry(bound) })
+	if s.cfg.Maintain {
+		group.Go(func() error { return s.tend(bound) })
+		group.Go(func() error { return s.clean(bound) })
+	}
 	err = group.Wait()
-	if e := sub.Unsubscribe(); e != nil && !s.cfg.Small.IsClosed() {
+	if e := s.unsubscribe(subs); e != nil {
 		s.cfg.Log.WarnContext(ctx, "unsubscribe from announcements", "err", e)
 	}
 	if ctx.Err() != nil {
 		return nil
 	}
 	return err
+}
+
+// subjects are what Run listens to beside SubjectIndex.
+func (s *Store) subjects() []string {
+	if !s.cfg.Maintain {
+		return []string{SubjectGenerations}
+	}
+	return []string{SubjectGenerations, SubjectDisk, SubjectCollect}
+}
+
+func (s *Store) unsubscribe(subs []*nats.Subscription) error {
+	var errs []error
+	for _, sub := range subs {
+		if err := sub.Unsubscribe(); err != nil && !s.cfg.Small.IsClosed() {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // announce publishes the news until ctx ends, the last of them after that.
@@ -81,7 +112,7 @@ func (s *Store) listen(ctx context.Context, arriving <-chan *nats.Msg, slow <-ch
 		lost := true
 		select {
 		case m := <-arriving:
-			s.apply(m.Data)
+			s.receive(ctx, m)
 			lost = false
 		case _, ok := <-slow:
 			if !ok {
@@ -100,13 +131,24 @@ func (s *Store) listen(ctx context.Context, arriving <-chan *nats.Msg, slow <-ch
 	}
 }
 
-// doubt makes Run list the streams.
-func (s *Store) doubt() {
-	select {
-	case s.gap <- struct{}{}:
-	default:
+// receive applies one message.
+func (s *Store) receive(ctx context.Context, m *nats.Msg) {
+	switch m.Subject {
+	case SubjectIndex:
+		s.apply(m.Data)
+	case SubjectGenerations:
+		s.hear(m.Data)
+	case SubjectDisk:
+		s.disks.hear(m.Data, s.ledger.stored(), time.Now())
+	case SubjectCollect:
+		if s.known().Holder == s.name && m.Reply != "" {
+			s.collected(ctx, m)
+		}
 	}
 }
+
+// doubt makes Run list the streams.
+func (s *Store) doubt() { wake(s.gap) }
 
 // suspect is doubt after a request that found no stream, which someone may have deleted. The broker
 // says the same while it has no leader, so this is not done often.
@@ -139,19 +181,22 @@ func (s *Store) apply(data []byte) {
 	}
 }
 
-// repair brings generations and index to what the broker has after every gap, again and again until
-// that succeeds.
+// repair brings generations and index to what the broker has after every gap, and the list of the
+// generations after every change of it, again and again until that succeeds.
 func (s *Store) repair(ctx context.Context) error {
 	for {
+		mend, done := s.adopt, func() {}
 		select {
 		case <-s.gap:
+			mend, done = s.refresh, s.metrics.repairs.Inc
+		case <-s.turn:
 		case <-ctx.Done():
 			return ended(ctx)
 		}
 		for delay := repairDelay; ; delay = min(2*delay, repairDelayMax) {
-			err := s.refresh(ctx)
+			err := mend(ctx)
 			if err == nil {
-				s.metrics.repairs.Inc()
+				done()
 				break
 			}
 			if ctx.Err() != nil {
@@ -161,6 +206,7 @@ func (s *Store) repair(ctx context.Context) error {
 			if err := s.pauseRepair(ctx, delay/2+rand.N(delay/2)); err != nil { //nolint:gosec // spreads retries
 				return err
 			}
+			mend, done = s.refresh, s.metrics.repairs.Inc
 		}
 	}
 }
@@ -183,18 +229,50 @@ func (s *Store) pauseRepair(ctx context.Context, d time.Duration) error {
 // What was in the index before and is not listed is forgotten. The newest generation is first, so that
 // what it lost is found in an older one.
 func (s *Store) refresh(ctx context.Context) error {
-	live, err := openGenerations(ctx, s.smallWrites.js, s.cfg, s.generations())
+	v, err := s.ask(ctx)
+	if err != nil {
+		return err
+	}
+	live, err := openGenerations(ctx, s.js, s.cfg, s.generations(), v.Dropped)
 	if err != nil {
 		return brokerError(ctx, err)
 	}
 	s.live.Store(&live)
 	s.index.begin(live)
+	// A broker that has lost everything begins again with the first number.
+	s.index.dropped.Store(v.Dropped)
+	s.index.drop(s.known().Dropped)
 	for _, g := range live {
 		if err := s.list(ctx, g); err != nil {
 			return err
 		}
 		if dropped := s.index.sweep(g.number); dropped > 0 {
 			s.cfg.Log.WarnContext(ctx, "the broker has lost blobs", "blobs", dropped, "generation", g.number)
+		}
+	}
+	return nil
+}
+
+// adopt takes over the list of the live generations. Of those that were not known, the blobs are listed:
+// their announcements may have come too early.
+func (s *Store) adopt(ctx context.Context) error {
+	v, err := s.ask(ctx)
+	if err != nil {
+		return err
+	}
+	before := s.generations()
+	live, err := openGenerations(ctx, s.js, s.cfg, before, v.Dropped)
+	if err != nil {
+		return brokerError(ctx, err)
+	}
+	s.live.Store(&live)
+	s.index.prune()
+	for _, g := range live {
+		if slices.ContainsFunc(before, func(b *generation) bool { return b.number == g.number }) {
+			continue
+		}
+		if err := s.list(ctx, g); err != nil {
+			return err
 		}
 	}
 	return nil

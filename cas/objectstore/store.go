@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/jetfarm/jetfarm/cas"
@@ -26,9 +28,20 @@ type Store struct {
 	losses  losses
 	buffers buffers
 
-	gap       chan struct{} // has room for one; wakes the repair in Run
+	name     string // names this Store as the rotator
+	viewed   atomic.Pointer[view]
+	ledger   *ledger
+	forward  *forward
+	disks    disks
+	refusals refusals
+	collects chan *nats.Msg
+
+	gap       chan struct{} // has room for one, as have the others; wakes the repair in Run
+	turn      chan struct{} // wakes it when generations come or go
+	work      chan struct{} // wakes the rotator
 	suspected atomic.Int64  // when suspect last woke it, in nanoseconds
 
+	js                      jetstream.JetStream
 	small, bulk             api
 	smallWrites, bulkWrites *publisher
 }
@@ -44,12 +57,19 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		cfg:   cfg,
-		index: newIndex(),
-		gap:   make(chan struct{}, 1),
-		news:  news{sender: rand.Uint64(), wake: make(chan struct{}, 1)}, //nolint:gosec // a name, not a secret
+		cfg:    cfg,
+		index:  newIndex(),
+		gap:    make(chan struct{}, 1),
+		turn:   make(chan struct{}, 1),
+		work:   make(chan struct{}, 1),
+		news:   news{sender: rand.Uint64(), wake: make(chan struct{}, 1)}, //nolint:gosec // a name, not a secret
+		ledger: newLedger(), forward: newForward(), collects: make(chan *nats.Msg, 1),
 		small: api{conn: cfg.Small, timeout: cfg.RequestTimeout},
 		bulk:  api{conn: cfg.Bulk, timeout: cfg.RequestTimeout},
+	}
+	s.name = newName(s.news.sender)
+	if s.js, err = jetstream.New(cfg.Small); err != nil {
+		return nil, fmt.Errorf("objectstore: %w", err)
 	}
 	if s.smallWrites, err = newPublisher(cfg.Small); err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
@@ -57,7 +77,13 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if s.bulkWrites, err = newPublisher(cfg.Bulk); err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
 	}
-	live, err := openGenerations(ctx, s.smallWrites.js, cfg, nil)
+	s.viewed.Store(&view{})
+	s.live.Store(&[]*generation{{}})
+	v, err := s.ask(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("objectstore: %w", err)
+	}
+	live, err := openGenerations(ctx, s.js, cfg, nil, v.Dropped)
 	if err != nil {
 		return nil, fmt.Errorf("objectstore: %w", brokerError(ctx, err))
 	}
@@ -67,7 +93,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 			return nil, fmt.Errorf("objectstore: %w", err)
 		}
 	}
-	if s.metrics, err = newMetrics(cfg.Registerer, s.index); err != nil {
+	if s.metrics, err = newMetrics(cfg.Registerer, s); err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
 	}
 	return s, nil
@@ -78,12 +104,6 @@ func (s *Store) generations() []*generation { return *s.live.Load() }
 
 // current is the generation that is written to.
 func (s *Store) current() *generation { return s.generations()[0] }
-
-// place returns where to store a blob that takes size bytes of a stream, which are set aside until
-// done is called. The error wraps cas.ErrFull when there is no room.
-func (s *Store) place(_ context.Context, d digest.Digest, _ int64) (b *bucket, done func(), err error) {
-	return s.current().bucket(d), func() {}, nil
-}
 
 // generation returns the live generation of this number, or nil.
 func (s *Store) generation(number uint32) *generation {
@@ -123,8 +143,9 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 	e, known := s.index.get(k, d.Size())
 	if known {
 		if g := s.generation(e.generation()); g != nil {
-			r, err := s.openIn(ctx, g, d, offset, true)
+			r, err := s.openAlive(ctx, g, d, offset, true)
 			if !errors.Is(err, cas.ErrNotFound) {
+				s.touched(k, d)
 				return r, err
 			}
 		}
@@ -134,8 +155,9 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 		if known && g.number == e.generation() {
 			continue
 		}
-		r, err := s.openIn(ctx, g, d, offset, false)
+		r, err := s.openAlive(ctx, g, d, offset, false)
 		if !errors.Is(err, cas.ErrNotFound) {
+			s.touched(k, d)
 			return r, err
 		}
 	}
@@ -147,6 +169,20 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 		s.forget(k, newest)
 	}
 	return nil, cas.ErrNotFound
+}
+
+// openAlive is openIn, for which a generation that was dropped meanwhile has nothing.
+func (s *Store) openAlive(ctx context.Context, g *generation, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+	if g.number <= s.known().Dropped {
+		return nil, cas.ErrNotFound
+	}
+	r, err := s.openIn(ctx, g, d, offset, known)
+	if errors.Is(err, cas.ErrUnavailable) && ctx.Err() == nil {
+		if v, e := s.ask(ctx); e == nil && g.number <= v.Dropped {
+			return nil, cas.ErrNotFound
+		}
+	}
+	return r, err
 }
 
 func (s *Store) openIn(ctx context.Context, g *generation, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
@@ -194,14 +230,60 @@ func (s *Store) put(ctx context.Context, d digest.Digest, upload string, r io.Re
 	case d.Size() > maxSize:
 		return fmt.Errorf("%w: blobs of more than %d bytes cannot be stored", cas.ErrFull, int64(maxSize))
 	}
-	if _, known := s.index.get(keyOf(d), d.Size()); known {
+	if s.stays(ctx, d) {
 		return nil
 	}
+	err := s.putNew(ctx, d, r)
+	if err != nil {
+		s.refuse(err)
+		return err
+	}
+	return s.settle(ctx, d)
+}
+
+func (s *Store) putNew(ctx context.Context, d digest.Digest, r io.Reader) error {
 	if familyOf(d) == large {
 		return s.putLarge(ctx, d, upload, r)
 	}
 	return s.putSmall(ctx, d, r)
 }
+
+// stays tells a blob that is stored where it need not be stored again.
+func (s *Store) stays(ctx context.Context, d digest.Digest) bool {
+	k := keyOf(d)
+	e, known := s.index.get(k, d.Size())
+	if !known {
+		return false
+	}
+	v, err := s.look(ctx)
+	if err != nil || e.generation() <= v.Old {
+		return false
+	}
+	s.touched(k, d)
+	return true
+}
+
+// settle sees to it that a blob that was just stored stays: an upload that took long may have ended in
+// an old generation.
+func (s *Store) settle(ctx context.Context, d digest.Digest) error {
+	k := keyOf(d)
+	for range settleRounds {
+		v, err := s.look(ctx)
+		if err != nil {
+			return err
+		}
+		if e, known := s.index.get(k, d.Size()); !known || e.generation() > v.Old {
+			return nil
+		}
+		if err := s.keep(ctx, d, v.Old); err != nil {
+			return fmt.Errorf("%w: %w", cas.ErrUnavailable, err)
+		}
+	}
+	return fmt.Errorf("%w: the blob gets old faster than it is stored", cas.ErrUnavailable)
+}
+
+// settleRounds is how often what was stored or copied may have become old again meanwhile.
+const settleRounds = 3
 
 // stored makes a blob known that this process has just stored or found.
 func (s *Store) stored(b *bucket, d digest.Digest) {
@@ -233,16 +315,37 @@ func (s *Store) forget(k key, generation uint32) {
 }
 
 // Missing returns the digests that the index does not know, see cas.Store. A blob that another
-// process stored within the last milliseconds may be among them.
+// process stored within the last milliseconds may be among them. What an old generation has is copied
+// into the current one first, and is among them where that cannot be done in time.
 func (s *Store) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Digest, error) {
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("look for %d blobs: %w", len(ds), ended(ctx))
 	}
+	bounded, cancel := context.WithTimeoutCause(ctx, forwardBound, errTimeout)
+	defer cancel()
+	for round := 0; ; round++ {
+		v, err := s.look(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("look for %d blobs: %w", len(ds), err)
+		}
+		missing, old := s.sift(ds, v.state, round == settleRounds || bounded.Err() != nil)
+		if len(old) == 0 {
+			return missing, nil
+		}
+		s.keepAll(bounded, old, v.Old)
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("look for %d blobs: %w", len(ds), ended(ctx))
+		}
+	}
+}
+
+// sift returns what the index does not know, and what it knows in an old generation: as missing, too,
+// if this is the last look.
+func (s *Store) sift(ds []digest.Digest, now state, last bool) (missing, old []digest.Digest) {
 	type name struct {
 		key  key
 		size int64
 	}
-	var missing []digest.Digest
 	var seen map[name]struct{}
 	var keys keyer
 	for _, d := range ds {
@@ -250,7 +353,11 @@ func (s *Store) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 			continue
 		}
 		k := keys.of(d)
-		if _, ok := s.index.get(k, d.Size()); ok {
+		e, ok := s.index.get(k, d.Size())
+		if ok && e.generation() > now.Old {
+			if e.generation() <= now.Aging {
+				s.forward.later(k, d)
+			}
 			continue
 		}
 		n := name{k, d.Size()}
@@ -261,9 +368,13 @@ func (s *Store) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 			seen = make(map[name]struct{})
 		}
 		seen[n] = struct{}{}
-		missing = append(missing, d)
+		if ok && e.generation() > now.Dropped && !last {
+			old = append(old, d)
+		} else {
+			missing = append(missing, d)
+		}
 	}
-	return missing, nil
+	return missing, old
 }
 
 // confirmWidth is how many streams Confirm asks at the same time.
@@ -276,53 +387,55 @@ func (s *Store) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 	if err != nil || len(doubtful) == 0 {
 		return nil, err
 	}
-	found := make([]atomic.Bool, len(doubtful))
 	group, bound := errgroup.WithContext(ctx)
 	group.SetLimit(confirmWidth)
-	for i, d := range doubtful {
+	for _, d := range doubtful {
 		if d.IsImpossible() {
 			continue
 		}
-		group.Go(func() error {
-			ok, err := s.find(bound, d)
-			found[i].Store(ok)
-			return err
-		})
+		group.Go(func() error { return s.find(bound, d) })
 	}
 	if err := group.Wait(); err != nil {
 		return nil, fmt.Errorf("look for %d blobs: %w", len(ds), err)
 	}
-	var missing []digest.Digest
-	for i, d := range doubtful {
-		if !found[i].Load() {
-			missing = append(missing, d)
-		}
-	}
-	return missing, nil
+	// What was found may be old, and is then copied.
+	return s.Missing(ctx, ds)
 }
 
 // find asks the leaders of the live generations for a blob and adds it to the index.
-func (s *Store) find(ctx context.Context, d digest.Digest) (bool, error) {
+func (s *Store) find(ctx context.Context, d digest.Digest) error {
 	for _, g := range s.generations() {
-		b := g.bucket(d)
-		if b == nil {
-			continue
-		}
-		var found bool
-		var err error
-		if b.family == small {
-			err = s.small.subjects(ctx, b.stream, b.chunks+tail(d), func(string) { found = true })
-		} else {
-			_, err = s.findObject(ctx, b, d, true)
-			found = err == nil
-		}
-		if err != nil && !errors.Is(err, cas.ErrNotFound) {
-			return false, err
+		found, err := s.findIn(ctx, g, d)
+		if err != nil {
+			if v, e := s.ask(ctx); e != nil || g.number > v.Dropped {
+				return err
+			}
 		}
 		if found {
-			s.index.set(keyOf(d), newEntry(b, d.Size()))
-			return true, nil
+			return nil
 		}
 	}
-	return false, nil
+	return nil
+}
+
+func (s *Store) findIn(ctx context.Context, g *generation, d digest.Digest) (bool, error) {
+	b := g.bucket(d)
+	if b == nil || g.number <= s.known().Dropped {
+		return false, nil
+	}
+	var found bool
+	var err error
+	if b.family == small {
+		err = s.small.subjects(ctx, b.stream, b.chunks+tail(d), func(string) { found = true })
+	} else {
+		_, err = s.findObject(ctx, b, d, true)
+		found = err == nil
+	}
+	if errors.Is(err, cas.ErrNotFound) {
+		return false, nil
+	}
+	if found {
+		s.index.set(keyOf(d), newEntry(b, d.Size()))
+	}
+	return found, err
 }

@@ -105,7 +105,7 @@ func (u *upload) send(ctx context.Context, r io.Reader) error {
 	defer u.store.buffers.put(buffer)
 	src := source{r: r}
 	for left := u.digest.Size(); left > 0; {
-		if _, known := u.store.index.get(keyOf(u.digest), u.digest.Size()); known {
+		if e, known := u.store.index.get(keyOf(u.digest), u.digest.Size()); known && e.generation() >= u.bucket.generation {
 			return errKnown
 		}
 		data := buffer[:min(left, chunkSize)]

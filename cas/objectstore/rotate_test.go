@@ -1,0 +1,502 @@
+package objectstore_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/jetfarm/jetfarm/broker/brokertest"
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/cas/objectstore"
+)
+
+// limited is the configuration of a store that keeps its streams within a budget.
+func limited(t testing.TB, f *brokertest.Farm, budget int64) objectstore.Config {
+	t.Helper()
+	cfg := config(t, f)
+	cfg.Maintain, cfg.MaxSize = true, budget
+	return cfg
+}
+
+// rotating returns a store that has seen itself or another keep the generations.
+func rotating(t testing.TB, cfg objectstore.Config) *objectstore.Store {
+	t.Helper()
+	s := running(t, cfg)
+	eventually(t, "somebody keeps the generations", func() bool {
+		u, err := s.Usage(t.Context())
+		return err == nil && u.Limit == cfg.MaxSize
+	})
+	return s
+}
+
+// streams returns the state of all streams of blobs.
+func streams(t testing.TB, js jetstream.JetStream) map[string]jetstream.StreamState {
+	t.Helper()
+	states := make(map[string]jetstream.StreamState)
+	list := js.ListStreams(t.Context(), jetstream.WithStreamListSubject("$O.>"))
+	for info := range list.Info() {
+		states[info.Config.Name] = info.State
+	}
+	if err := list.Err(); err != nil {
+		t.Errorf("list streams: %v", err)
+	}
+	return states
+}
+
+func totalBytes(t testing.TB, js jetstream.JetStream) (total int64) {
+	t.Helper()
+	for _, state := range streams(t, js) {
+		total += int64(state.Bytes)
+	}
+	return total
+}
+
+func newJetStream(t testing.TB, nc *nats.Conn) jetstream.JetStream {
+	t.Helper()
+	js, err := jetstream.New(nc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return js
+}
+
+// A blob as a test knows it.
+type kept struct {
+	digest digest.Digest
+	data   []byte
+}
+
+func put(t testing.TB, s cas.Store, size int) kept {
+	t.Helper()
+	d, data := castest.Blob(castest.Space(t, ""), size)
+	if err := s.Put(t.Context(), d, bytes.NewReader(data)); err != nil {
+		t.Errorf("Put of %d bytes: %v", size, err)
+	}
+	return kept{d, data}
+}
+
+// checkRead reports a blob that cannot be read whole.
+func checkRead(t testing.TB, s cas.Store, k kept) {
+	t.Helper()
+	got, err := cas.ReadAll(t.Context(), s, k.digest, k.digest.Size())
+	if err != nil || !bytes.Equal(got, k.data) {
+		t.Errorf("%d of %d bytes, error %v", len(got), len(k.data), err)
+	}
+}
+
+// Many times the budget goes through two stores. The streams stay within it, what is asked for again
+// and again stays, and each blob that is reported present can be read.
+func TestRotationKeepsBudgetAndHotSet(t *testing.T) {
+	const budget, hotBlobs, writers = 96 << 20, 12, 3
+	f := brokertest.Start(t)
+	stores := []*objectstore.Store{rotating(t, limited(t, f, budget)), rotating(t, limited(t, f, budget))}
+	var hot []kept
+	for i := range hotBlobs {
+		hot = append(hot, put(t, stores[0], []int{2000, 40_000, 700 << 10}[i%3]))
+	}
+
+	done := make(chan struct{})
+	var watch, writing sync.WaitGroup
+	var most atomic.Int64
+	js := newJetStream(t, f.Connect(t))
+	watch.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+				most.Store(max(most.Load(), totalBytes(t, js)))
+			}
+		}
+	})
+	var written atomic.Int64
+	for w := range writers {
+		s := stores[w%len(stores)]
+		writing.Go(func() {
+			for i := w; written.Load() < 5*budget; i++ {
+				k := put(t, s, []int{5000, 100_000, 900 << 10}[rand.IntN(3)])
+				written.Add(k.digest.Size())
+				h := hot[i%len(hot)]
+				missing, err := s.Missing(t.Context(), []digest.Digest{h.digest})
+				if err != nil || len(missing) > 0 {
+					t.Errorf("hot blob: missing %v, error %v", missing, err)
+				}
+				checkRead(t, s, h)
+				checkRead(t, s, k)
+			}
+		})
+	}
+	writing.Wait()
+	close(done)
+	watch.Wait()
+	// Two processes may see the same room at the same time.
+	if most.Load() > budget+budget/10 {
+		t.Errorf("the streams had %d bytes, want at most %d", most.Load(), budget+budget/10)
+	}
+	for _, s := range stores {
+		u, err := s.Usage(t.Context())
+		if err != nil || len(u.Generations) < 5 || u.Generations[0].Number < 10 || u.Full != "" {
+			t.Errorf("usage %+v, error %v", u, err)
+		}
+		for _, h := range hot {
+			if got := missing(t, s, h.digest); len(got) != 0 {
+				t.Errorf("a hot blob of %d bytes is missing", h.digest.Size())
+			}
+			checkRead(t, s, h)
+		}
+	}
+}
+
+// fill writes blobs that nobody asks for until the current generation is beyond a number.
+func fill(t testing.TB, s *objectstore.Store, beyond uint32, size int) []kept {
+	t.Helper()
+	var written []kept
+	for {
+		u, err := s.Usage(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := len(u.Generations); n > 0 && u.Generations[n-1].Number > beyond {
+			return written
+		}
+		if len(written) > 10_000 {
+			t.Fatalf("no rotation after %d blobs: %+v", len(written), u)
+		}
+		written = append(written, put(t, s, size))
+	}
+}
+
+// A blob that nobody asks for goes with its generation, from every store, and can be stored again.
+func TestColdBlobsAreEvicted(t *testing.T) {
+	const budget = 8 << 20
+	f := brokertest.Start(t)
+	a, b := rotating(t, limited(t, f, budget)), rotating(t, limited(t, f, budget))
+	cold := []kept{put(t, a, 1000), put(t, a, 600<<10)}
+	for _, k := range cold {
+		eventually(t, "the blob is announced", func() bool { return len(missing(t, b, k.digest)) == 0 })
+	}
+	fill(t, b, 14, 200<<10)
+	for _, s := range []cas.Store{a, b} {
+		for _, k := range cold {
+			if got := missing(t, s, k.digest); len(got) != 1 {
+				t.Errorf("a cold blob of %d bytes is present", k.digest.Size())
+			}
+			if _, err := s.Open(t.Context(), k.digest, 0); !errors.Is(err, cas.ErrNotFound) {
+				t.Errorf("Open of a cold blob: error %v, want %v", err, cas.ErrNotFound)
+			}
+		}
+	}
+	for _, k := range cold {
+		wantAgain(t, a, b, k.digest, k.data)
+	}
+}
+
+// What is reported present is so in a generation that is not old, even if it was old before.
+func TestOldBlobsAreCopiedBeforeTheyAreReported(t *testing.T) {
+	const budget = 64 << 20
+	f := brokertest.Start(t)
+	s := rotating(t, limited(t, f, budget))
+	touch := map[string]func(k kept){
+		"Missing": func(k kept) {
+			if got := missing(t, s, k.digest); len(got) != 0 {
+				t.Errorf("missing %v", got)
+			}
+		},
+		"Confirm": func(k kept) {
+			if got, err := s.Confirm(t.Context(), []digest.Digest{k.digest}); err != nil || len(got) != 0 {
+				t.Errorf("missing %v, error %v", got, err)
+			}
+		},
+		"Put": func(k kept) {
+			if err := s.Put(t.Context(), k.digest, bytes.NewReader(k.data)); err != nil {
+				t.Errorf("Put: %v", err)
+			}
+		},
+		"Open": func(k kept) {
+			checkRead(t, s, k)
+			eventually(t, "a blob that is read is copied", func() bool { return s.GenerationOf(k.digest) > oldest(t, s) })
+		},
+	}
+	blobs := make(map[string][]kept)
+	for name := range touch {
+		blobs[name] = []kept{put(t, s, 1000), put(t, s, 600<<10)}
+	}
+	for written := 0; s.Old() < s.GenerationOf(blobs["Put"][1].digest); written++ {
+		put(t, s, 500<<10)
+		if written > 1000 {
+			t.Fatal("the first generations do not get old")
+		}
+	}
+	for name, f := range touch {
+		for _, k := range blobs[name] {
+			before := s.GenerationOf(k.digest)
+			f(k)
+			if after := s.GenerationOf(k.digest); after <= s.Old() || after <= before {
+				t.Errorf("%s: %d bytes are in generation %d, before in %d, those up to %d are old", name, k.digest.Size(), after, before, s.Old())
+			}
+			checkRead(t, s, k)
+		}
+	}
+}
+
+func oldest(t testing.TB, s *objectstore.Store) uint32 {
+	t.Helper()
+	u, err := s.Usage(t.Context())
+	if err != nil || len(u.Generations) == 0 {
+		t.Fatalf("usage %+v, error %v", u, err)
+	}
+	return u.Generations[0].Number
+}
+
+// With a retention, what was reported present stays, and uploads are refused until its time is over.
+func TestRetentionRefusesUploads(t *testing.T) {
+	const budget = 8 << 20
+	f := brokertest.Start(t)
+	cfg := limited(t, f, budget)
+	cfg.Retention = 3 * time.Second
+	s := rotating(t, cfg)
+	first := put(t, s, 1000)
+	var err error
+	for range 1000 {
+		d, data := castest.Blob(castest.Space(t, ""), 200<<10)
+		if err = s.Put(t.Context(), d, bytes.NewReader(data)); err != nil {
+			break
+		}
+	}
+	if !errors.Is(err, cas.ErrFull) {
+		t.Fatalf("Put into a full store: error %v, want %v", err, cas.ErrFull)
+	}
+	if got := missing(t, s, first.digest); len(got) > 0 {
+		t.Log("the first blob was not copied for want of room")
+	}
+	checkRead(t, s, first)
+	if err := s.Full(); !errors.Is(err, cas.ErrFull) {
+		t.Errorf("Full: %v, want %v", err, cas.ErrFull)
+	}
+	eventually(t, "there is room again", func() bool { return s.Full() == nil })
+	eventually(t, "uploads are taken again", func() bool {
+		d, data := castest.Blob(castest.Space(t, ""), 200<<10)
+		return s.Put(t.Context(), d, bytes.NewReader(data)) == nil
+	})
+}
+
+func TestBlobLargerThanTheBudget(t *testing.T) {
+	const budget = 4 << 20
+	f := brokertest.Start(t)
+	s := rotating(t, limited(t, f, budget))
+	d, data := castest.Blob(castest.Space(t, ""), budget+1)
+	if err := s.Put(t.Context(), d, bytes.NewReader(data)); !errors.Is(err, cas.ErrFull) || !bytes.Contains([]byte(err.Error()), []byte("--cas-size")) {
+		t.Errorf("Put: error %v, want %v that names the flag", err, cas.ErrFull)
+	}
+	if s.Full() != nil {
+		t.Errorf("one blob that is too large makes the store full: %v", s.Full())
+	}
+	for range 3 { // each takes nearly everything
+		k := put(t, s, budget*8/10)
+		checkRead(t, s, k)
+	}
+}
+
+// Of two that take part, one goes on when the other one ends, at once, and when it falls asleep.
+func TestAnotherRotatorTakesOver(t *testing.T) {
+	const budget = 8 << 20
+	f := brokertest.Start(t)
+	for _, how := range []string{"ends", "sleeps"} {
+		t.Run(how, func(t *testing.T) {
+			p := newProxy(t, f)
+			cfg := limited(t, f, budget)
+			cfg.Small, cfg.Bulk, cfg.RequestTimeout = p.connect(t), p.connect(t), time.Second
+			first := open(t, cfg)
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			var running sync.WaitGroup
+			running.Go(func() {
+				if err := first.Run(ctx); err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			})
+			eventually(t, "the first rotates", func() bool { return first.Rotates(t.Context()) })
+			second := rotating(t, limited(t, f, budget))
+			if how == "ends" {
+				cancel(nil)
+				running.Wait()
+			} else {
+				p.silent.Store(true)
+			}
+			eventually(t, "the second rotates", func() bool { return second.Rotates(t.Context()) })
+			fill(t, second, oldest(t, second)+12, 200<<10)
+			cancel(nil)
+			running.Wait()
+		})
+	}
+}
+
+// Whatever step a rotator died or fell asleep after, another one finishes, and what the first does
+// when it wakes up destroys nothing.
+func TestRotatorThatWakesUpLate(t *testing.T) {
+	const budget = 8 << 20
+	f := brokertest.Start(t)
+	asleep := open(t, limited(t, f, budget))
+	if err := asleep.Turn(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stale := asleep.StateOf()
+	awake := rotating(t, limited(t, f, budget))
+	eventually(t, "the one that is awake rotates", func() bool { return awake.Rotates(t.Context()) })
+	fill(t, awake, 12, 200<<10)
+	present := put(t, awake, 1000)
+
+	// It decides by what it knew.
+	if err := asleep.DropAll(t.Context(), stale); err == nil {
+		t.Error("a decision by an overtaken state was written")
+	}
+	// It had written its decision and goes on with the deed.
+	if err := asleep.DeleteDropped(t.Context(), awake.StateOf()); err != nil {
+		t.Errorf("deleting dropped generations again: %v", err)
+	}
+	// It makes the streams of a generation that has come and gone.
+	if err := asleep.Make(t.Context(), 2); err != nil {
+		t.Errorf("making old streams: %v", err)
+	}
+	eventually(t, "the streams of a dropped generation are deleted", func() bool {
+		_, again := streams(t, newJetStream(t, f.Connect(t)))["OBJ_cas-s-2-0"]
+		return !again
+	})
+	if got := missing(t, awake, present.digest); len(got) != 0 {
+		t.Error("a blob of a live generation is missing")
+	}
+	checkRead(t, awake, present)
+	if got := put(t, awake, 2000); len(missing(t, awake, got.digest)) != 0 {
+		t.Error("a blob that was just stored is missing")
+	}
+}
+
+// A rotator dies after each of its steps, and another one goes on from there.
+func TestRotatorDiesBetweenSteps(t *testing.T) {
+	const budget = 4 << 20
+	for _, step := range []string{"made one stream", "made both streams", "wrote the drop", "deleted one stream"} {
+		t.Run(step, func(t *testing.T) {
+			f := brokertest.Start(t)
+			s := rotating(t, limited(t, f, budget))
+			fill(t, s, 4, 100<<10)
+			js := newJetStream(t, f.Connect(t))
+			u, err := s.Usage(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			next := u.Generations[len(u.Generations)-1].Number + 1
+			first := u.Generations[0].Number
+			switch step {
+			case "made one stream", "made both streams":
+				for i, bucket := range []string{fmt.Sprintf("cas-s-%d-0", next), fmt.Sprintf("cas-l-%d-0", next)} {
+					if i == 1 && step == "made one stream" {
+						break
+					}
+					_, err := js.CreateStream(t.Context(), jetstream.StreamConfig{
+						Name: "OBJ_" + bucket, Subjects: []string{"$O." + bucket + ".C.>", "$O." + bucket + ".M.>"}, AllowDirect: true, AllowRollup: true,
+						Discard: jetstream.DiscardNew, Duplicates: 100 * time.Millisecond,
+					})
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+			case "wrote the drop", "deleted one stream":
+				eventually(t, "the drop is written", func() bool { return s.WriteDrop(t.Context(), first) == nil })
+				if step == "deleted one stream" {
+					err := js.DeleteStream(t.Context(), fmt.Sprintf("OBJ_cas-s-%d-0", first))
+					if err != nil && !errors.Is(err, jetstream.ErrStreamNotFound) {
+						t.Fatal(err)
+					}
+				}
+			}
+			other := rotating(t, limited(t, f, budget))
+			fill(t, other, next+3, 100<<10)
+			for _, s := range []*objectstore.Store{s, other} {
+				k := put(t, s, 700<<10)
+				checkRead(t, other, k)
+			}
+			eventually(t, "nothing of the dropped generation is left", func() bool {
+				for name := range streams(t, js) {
+					if name == fmt.Sprintf("OBJ_cas-l-%d-0", first) || name == fmt.Sprintf("OBJ_cas-s-%d-0", first) {
+						return false
+					}
+				}
+				return true
+			})
+		})
+	}
+}
+
+// The age of a generation and the number of its blobs end it as well.
+func TestRotationByCountAndAge(t *testing.T) {
+	f := brokertest.Start(t)
+	cfg := config(t, f)
+	cfg.Maintain, cfg.MaxBlobs = true, 100
+	s := rotating(t, cfg)
+	var last kept
+	for n := uint32(1); n < 20; n++ {
+		for range 15 {
+			last = put(t, s, 100)
+		}
+		eventually(t, "the next generation", func() bool {
+			u, err := s.Usage(t.Context())
+			return err == nil && u.Generations[len(u.Generations)-1].Number > n
+		})
+	}
+	eventually(t, "few enough blobs are left", func() bool {
+		u, err := s.Usage(t.Context())
+		return err == nil && u.Blobs <= 110
+	})
+	if got := missing(t, s, last.digest); len(got) != 0 {
+		t.Error("the last blob is missing")
+	}
+
+	f = brokertest.Start(t)
+	cfg = config(t, f)
+	cfg.Maintain, cfg.MaxAge = true, time.Millisecond
+	s = rotating(t, cfg)
+	put(t, s, 100)
+	eventually(t, "an old generation is followed by a new one", func() bool {
+		u, err := s.Usage(t.Context())
+		return err == nil && len(u.Generations) > 1
+	})
+	if u, err := s.Usage(t.Context()); err != nil || len(u.Generations) > 3 {
+		t.Errorf("an empty generation was followed by another: %+v, %v", u, err)
+	}
+}
+
+func TestCollect(t *testing.T) {
+	const budget = 8 << 20
+	f := brokertest.Start(t)
+	operator := open(t, config(t, f))
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := operator.Collect(ctx); err == nil {
+		t.Error("Collect without a rotator succeeded")
+	}
+	s := rotating(t, limited(t, f, budget))
+	fill(t, s, 9, 200<<10)
+	before, err := s.Usage(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "what is old is dropped", func() bool {
+		if err := operator.Collect(t.Context()); err != nil {
+			t.Errorf("Collect: %v", err)
+		}
+		u, err := operator.Usage(t.Context())
+		return err == nil && u.Bytes < before.Bytes && !slices.ContainsFunc(u.Generations, func(g objectstore.Generation) bool { return g.Old })
+	})
+}
