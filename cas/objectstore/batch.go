@@ -149,7 +149,7 @@ func (w *batchWriter) await(ctx context.Context, n int) {
 			continue
 		case err == nil, errors.Is(err, errExists):
 			s.stored(p.bucket, p.digest)
-			err = nil
+			err = s.settle(ctx, p.digest)
 		}
 		w.end(p.i, p.digest, err)
 	}
@@ -232,6 +232,7 @@ func (r *batchReader) receive(ctx context.Context, arriving <-chan *nats.Msg) er
 		return nil
 	}
 	r.data[i] = m.Data
+	r.store.touched(keyOf(d), d)
 	r.store.metrics.gets.WithLabelValues(result(nil)).Inc()
 	r.store.metrics.readBytes.Add(float64(d.Size()))
 	return nil

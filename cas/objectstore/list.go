@@ -26,10 +26,14 @@ func (s *Store) list(ctx context.Context, g *generation) error {
 			group.Go(func() error { return s.listChunks(bound, b, fmt.Sprintf("%02x", hh)) })
 		}
 	}
-	if err := group.Wait(); err != nil {
-		return fmt.Errorf("list generation %d: %w", g.number, err)
+	err := group.Wait()
+	if err == nil {
+		return nil
 	}
-	return nil
+	if v, e := s.ask(ctx); e == nil && g.number <= v.Dropped {
+		return nil // there is nothing in it any more
+	}
+	return fmt.Errorf("list generation %d: %w", g.number, err)
 }
 
 // listChunks adds the small blobs whose hash begins with these digits.

@@ -393,7 +393,10 @@ func (s *Store) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 		if d.IsImpossible() {
 			continue
 		}
-		group.Go(func() error { return s.find(bound, d) })
+		group.Go(func() error {
+			_, err := s.find(bound, d)
+			return err
+		})
 	}
 	if err := group.Wait(); err != nil {
 		return nil, fmt.Errorf("look for %d blobs: %w", len(ds), err)
@@ -403,19 +406,19 @@ func (s *Store) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 }
 
 // find asks the leaders of the live generations for a blob and adds it to the index.
-func (s *Store) find(ctx context.Context, d digest.Digest) error {
+func (s *Store) find(ctx context.Context, d digest.Digest) (bool, error) {
 	for _, g := range s.generations() {
 		found, err := s.findIn(ctx, g, d)
 		if err != nil {
 			if v, e := s.ask(ctx); e != nil || g.number > v.Dropped {
-				return err
+				return false, err
 			}
 		}
 		if found {
-			return nil
+			return true, nil
 		}
 	}
-	return nil
+	return false, nil
 }
 
 func (s *Store) findIn(ctx context.Context, g *generation, d digest.Digest) (bool, error) {
