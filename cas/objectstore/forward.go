@@ -125,7 +125,7 @@ func (s *Store) copy(ctx context.Context, d digest.Digest, from uint32) error {
 	if err != nil {
 		return err
 	}
-	err = s.putNew(ctx, d, r)
+	err = s.putNew(ctx, d, noUpload, r)
 	if err := errors.Join(err, r.Close()); err != nil {
 		s.metrics.copyFailures.Inc()
 		return err

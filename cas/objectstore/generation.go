@@ -103,19 +103,24 @@ func openGenerations(ctx context.Context, js jetstream.JetStream, cfg Config, kn
 	}
 	slices.SortFunc(live, func(a, b *generation) int { return int(b.number) - int(a.number) })
 
+	return live, completeGeneration(ctx, js, cfg, live, known != nil, open)
+}
+
+// completeGeneration makes the streams that the newest generation lacks.
+func completeGeneration(ctx context.Context, js jetstream.JetStream, cfg Config, live []*generation, opened bool, open func(family, uint32, int) *bucket) error {
 	current := live[0]
 	shards := max(1, len(current.small), len(current.large))
 	for _, f := range []family{small, large} {
 		for shard := range shards {
 			b := open(f, current.number, shard)
-			if known != nil && findBucket(live, b.stream) != nil {
+			if opened && findBucket(live, b.stream) != nil {
 				continue
 			}
 			if err := b.create(ctx, js, cfg.Replicas, cfg.MaxBytes); err != nil {
-				return nil, fmt.Errorf("make stream %s: %w", b.stream, err)
+				return fmt.Errorf("make stream %s: %w", b.stream, err)
 			}
 			current.add(b)
 		}
 	}
-	return live, nil
+	return nil
 }

@@ -283,4 +283,4 @@ func (s *Store) hurry(ctx context.Context) {
 // hurries is how often the streams are measured while a generation fills.
 const hurries = 8
 
-func bytesOf(n int64) string { return humanize.IBytes(uint64(max(n, 0))) } //nolint:gosec // not negative
+func bytesOf(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }

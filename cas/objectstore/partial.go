@@ -98,7 +98,9 @@ func (s *Store) Committed(ctx context.Context, d digest.Digest, upload string) (
 	if ctx.Err() != nil {
 		return 0, fmt.Errorf("look for an upload of %v: %w", d, ended(ctx))
 	}
-	if _, known := s.index.get(keyOf(d), d.Size()); known {
+	if there, err := s.present(ctx, d); err != nil {
+		return 0, fmt.Errorf("look for an upload of %v: %w", d, err)
+	} else if there {
 		return d.Size(), nil
 	}
 	if upload == "" || d.IsImpossible() || familyOf(d) == small {
@@ -127,8 +129,8 @@ func (s *Store) putFrom(ctx context.Context, d digest.Digest, upload string, off
 	if ctx.Err() != nil {
 		return ended(ctx)
 	}
-	if _, known := s.index.get(keyOf(d), d.Size()); known || d.IsEmpty() {
-		return nil
+	if there, err := s.present(ctx, d); err != nil || there {
+		return err
 	}
 	if offset < 0 || offset > d.Size() || upload == "" || d.IsImpossible() || familyOf(d) == small {
 		return fmt.Errorf("%w: %d bytes", cas.ErrNotKept, offset)

@@ -2,77 +2,113 @@ package objectstore
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
-// plan returns the state that follows from one look at the streams. The extents are those of the live
-// generations, oldest first, and not none; before is what ledger.begin said when they were measured.
+// plan is a rotator's decision while it is made.
+type plan struct {
+	*rotator
+	now  state    // before
+	next state    // after
+	live []extent // the live generations, oldest first, and not none
+
+	reserved int64 // what was stored since they were measured, and what uploads may still store
+	wanted   int64 // what somebody waits for
+	slice    int64 // bytes of one generation
+	count    int64 // blobs of one generation
+	refused  string
+	collect  bool // what is old is dropped without need
+	held     bool // something has to stay because its time is not over
+}
+
+// plan returns the state that follows from one look at the live generations, oldest first, and not
+// none; before is what ledger.begin said when they were measured.
 func (r *rotator) plan(now state, live []extent, before int64, collect bool) state {
 	s := r.store
-	next := now
-	next.Used = 0
-	blobs := int64(0)
-	for _, e := range live {
-		next.Used += e.bytes
+	p := plan{rotator: r, now: now, next: now, live: live, refused: s.refused(time.Now()), collect: collect}
+	p.next.Used, _ = sum(live)
+	var full string
+	p.next.Limit, full = r.limit()
+	p.reserved, p.wanted = s.ledger.needs(before)
+	p.slice, p.count = p.next.Limit/slicing, min(maxCount, max(1, s.cfg.MaxBlobs/slicing))
+	p.rotate()
+	p.next.Aging, p.next.Old = r.marks(p.next, p.live)
+	p.drop()
+	if full == "" {
+		full = p.full()
+	}
+	p.next.Full = full
+	return p.next
+}
+
+func sum(of []extent) (bytes, blobs int64) {
+	for _, e := range of {
+		bytes += e.bytes
 		blobs += e.blobs
 	}
-	limit, full := r.limit(next.Used)
-	next.Limit = limit
-	reserved, wanted := s.ledger.needs(before)
-	slice, count := limit/slicing, min(maxCount, max(1, s.cfg.MaxBlobs/slicing))
+	return bytes, blobs
+}
 
-	current := live[len(live)-1]
-	next.Current = max(now.Current, current.number)
-	alone := len(live) == 1 && limit > 0 && next.Used+reserved+wanted > limit
-	due := (limit > 0 && current.bytes >= slice) || current.blobs >= count || time.Since(current.created) >= s.cfg.MaxAge
-	if current.blobs > 0 && current.number == next.Current && (due || collect || alone) {
-		next.Current++
-		live = append(live[:len(live):len(live)], extent{number: next.Current})
+// rotate adds the next generation when the current one is large enough, or old enough, or in the way.
+func (p *plan) rotate() {
+	current, limit := p.live[len(p.live)-1], p.next.Limit
+	p.next.Current = max(p.now.Current, current.number)
+	alone := len(p.live) == 1 && limit > 0 && p.next.Used+p.reserved+p.wanted > limit
+	due := (limit > 0 && current.bytes >= p.slice) || current.blobs >= p.count || time.Since(current.created) >= p.store.cfg.MaxAge
+	if current.blobs > 0 && current.number == p.next.Current && (due || p.collect || alone) {
+		p.next.Current++
+		p.live = append(slices.Clip(p.live), extent{number: p.next.Current})
 	}
-	next.Aging, next.Old = r.marks(next, live)
+}
 
-	// A generation is announced to be old first, and dropped once everybody knows and its time is over.
-	// What is kept free is as much as a generation, or as somebody waits for.
-	free, used := max(slice, wanted), next.Used
-	refused := s.refused(time.Now())
-	blocked, held := false, false
-	for i, e := range live[:len(live)-1] {
-		over := limit > 0 && used+reserved+free > limit
-		many := blobs+count > s.cfg.MaxBlobs && e.number <= next.Old
-		if !over && !many && (refused == "" || i > 0) && (!collect || e.number > now.Old) {
-			break
+// drop drops the oldest generations while there is less room than one generation takes or somebody
+// waits for. A generation is announced to be old first, and dropped once everybody knows and its time
+// is over.
+func (p *plan) drop() {
+	used, blobs := sum(p.live)
+	free, old := max(p.slice, p.wanted), p.next.Old
+	blocked := false
+	for i, e := range p.live[:len(p.live)-1] {
+		over := p.next.Limit > 0 && used+p.reserved+free > p.next.Limit
+		many := blobs+p.count > p.store.cfg.MaxBlobs && e.number <= old
+		if !over && !many && (p.refused == "" || i > 0) && (!p.collect || e.number > p.now.Old) {
+			return
 		}
-		switch wait := r.wait(e.number); {
-		case e.number > now.Old:
-			next.Old = max(next.Old, e.number)
-			next.Aging = max(next.Aging, e.number)
+		switch wait := p.wait(e.number); {
+		case e.number > p.now.Old:
+			p.next.Old = max(p.next.Old, e.number)
+			p.next.Aging = max(p.next.Aging, e.number)
 			blocked = true
 		case wait > 0:
-			held = held || wait > viewGrace
+			p.held = p.held || wait > viewGrace
 			blocked = true
 		case !blocked:
-			next.Dropped = e.number
+			p.next.Dropped = e.number
 		}
 		used -= e.bytes
 		blobs -= e.blobs
 	}
-	switch left := limit - next.Used - reserved; {
-	case full != "":
-	case held && left < max(wanted, slice/2):
-		full = fmt.Sprintf("what was reported present within the last %v fills %s; a larger --cas-size or a shorter --cas-retention helps", s.cfg.Retention, bytesOf(limit))
-	case refused != "" && len(live) == 1:
-		full = "the broker refuses to store: " + refused
+}
+
+// full says why nothing can be stored, or "".
+func (p *plan) full() string {
+	left := p.next.Limit - p.next.Used - p.reserved
+	switch {
+	case p.held && left < max(p.wanted, p.slice/2):
+		return fmt.Sprintf("what was reported present within the last %v fills %s; a larger --cas-size or a shorter --cas-retention helps",
+			p.store.cfg.Retention, bytesOf(p.next.Limit))
+	case p.refused != "" && len(p.live) == 1:
+		return "the broker refuses to store: " + p.refused
 	}
-	next.Full = full
-	return next
+	return ""
 }
 
 // marks returns up to which generations are aging and old, by what is newer than they are.
 func (r *rotator) marks(now state, live []extent) (aging, old uint32) {
 	aging, old = now.Aging, now.Old
 	newer, blobs := int64(0), int64(0)
-	for i := len(live) - 1; i >= 0; i-- {
-		e := live[i]
+	for i, e := range slices.Backward(live) {
 		past := func(percent int64) bool {
 			return (now.Limit > 0 && newer >= now.Limit/100*percent) || blobs >= r.store.cfg.MaxBlobs*percent/100
 		}
@@ -99,7 +135,7 @@ func (r *rotator) wait(generation uint32) time.Duration {
 
 // limit is the most bytes that the streams may hold now, 0 for no bound, and why nothing may be stored
 // if that is so.
-func (r *rotator) limit(used int64) (limit int64, full string) {
+func (r *rotator) limit() (limit int64, full string) {
 	s := r.store
 	now := time.Now()
 	limit = s.cfg.MaxSize

@@ -134,11 +134,6 @@ func (a api) purge(ctx context.Context, stream, subject string) error {
 	return a.call(ctx, "STREAM.PURGE."+stream, map[string]any{"filter": subject}, new(refusal))
 }
 
-// purgeUpTo removes the messages of the subject up to a sequence.
-func (a api) purgeUpTo(ctx context.Context, stream, subject string, sequence uint64) error {
-	return a.call(ctx, "STREAM.PURGE."+stream, map[string]any{"filter": subject, "seq": sequence + 1}, new(refusal))
-}
-
 // refusal is the part of an answer that says why the broker did not do what was asked.
 type refusal struct {
 	Error *jetstream.APIError `json:"error"`

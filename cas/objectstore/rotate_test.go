@@ -63,7 +63,7 @@ func totalBytes(t testing.TB, js jetstream.JetStream) (total int64) {
 	return total
 }
 
-func newJetStream(t testing.TB, nc *nats.Conn) jetstream.JetStream {
+func newJetStream(t testing.TB, nc *nats.Conn) jetstream.JetStream { //nolint:ireturn // the library has no type for it
 	t.Helper()
 	js, err := jetstream.New(nc)
 	if err != nil {
@@ -318,9 +318,10 @@ func TestBlobLargerThanTheBudget(t *testing.T) {
 func TestAnotherRotatorTakesOver(t *testing.T) {
 	t.Parallel()
 	const budget = 8 << 20
-	f := brokertest.Start(t)
 	for _, how := range []string{"ends", "sleeps"} {
 		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			f := brokertest.Start(t)
 			p := newProxy(t, f)
 			cfg := limited(t, f, budget)
 			cfg.Small, cfg.Bulk, cfg.RequestTimeout = p.connect(t), p.connect(t), time.Second
@@ -396,6 +397,7 @@ func TestRotatorDiesBetweenSteps(t *testing.T) {
 	const budget = 4 << 20
 	for _, step := range []string{"made one stream", "made both streams", "wrote the drop", "deleted one stream"} {
 		t.Run(step, func(t *testing.T) {
+			t.Parallel()
 			f := brokertest.Start(t)
 			s := rotating(t, limited(t, f, budget))
 			fill(t, s, 4, 100<<10)

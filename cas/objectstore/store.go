@@ -219,7 +219,7 @@ func (s *Store) counted(d digest.Digest, err error) error {
 	return fmt.Errorf("store blob %v: %w", d, err)
 }
 
-func (s *Store) put(ctx context.Context, d digest.Digest, upload string, r io.Reader) error {
+func (s *Store) put(ctx context.Context, d digest.Digest, token string, r io.Reader) error {
 	switch {
 	case ctx.Err() != nil:
 		return ended(ctx)
@@ -233,7 +233,7 @@ func (s *Store) put(ctx context.Context, d digest.Digest, upload string, r io.Re
 	if s.stays(ctx, d) {
 		return nil
 	}
-	err := s.putNew(ctx, d, r)
+	err := s.putNew(ctx, d, token, r)
 	if err != nil {
 		s.refuse(err)
 		return err
@@ -241,9 +241,9 @@ func (s *Store) put(ctx context.Context, d digest.Digest, upload string, r io.Re
 	return s.settle(ctx, d)
 }
 
-func (s *Store) putNew(ctx context.Context, d digest.Digest, r io.Reader) error {
+func (s *Store) putNew(ctx context.Context, d digest.Digest, token string, r io.Reader) error {
 	if familyOf(d) == large {
-		return s.putLarge(ctx, d, upload, r)
+		return s.putLarge(ctx, d, token, r)
 	}
 	return s.putSmall(ctx, d, r)
 }
@@ -337,6 +337,18 @@ func (s *Store) Missing(ctx context.Context, ds []digest.Digest) ([]digest.Diges
 			return nil, fmt.Errorf("look for %d blobs: %w", len(ds), ended(ctx))
 		}
 	}
+}
+
+// present tells whether the index knows a blob that stays, as Missing does.
+func (s *Store) present(ctx context.Context, d digest.Digest) (bool, error) {
+	if d.IsEmpty() {
+		return true, nil
+	}
+	if _, known := s.index.get(keyOf(d), d.Size()); !known {
+		return false, nil
+	}
+	missing, err := s.Missing(ctx, []digest.Digest{d})
+	return len(missing) == 0, err
 }
 
 // sift returns what the index does not know, and what it knows in an old generation: as missing, too,

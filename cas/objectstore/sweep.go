@@ -47,10 +47,10 @@ func (s *Store) sweepAll(ctx context.Context) error {
 // sweep removes the chunks of a stream that no metadata names and that were followed by none for
 // Config.OrphanAge. An upload that goes on later finds that nothing of it was kept.
 func (s *Store) sweep(ctx context.Context, b *bucket) error {
-	uploads := make(map[digest.Digest][]string)
-	err := s.bulk.subjects(ctx, b.stream, b.chunks+">", func(subject string) {
+	uploads := make(map[digest.Digest][]attempt)
+	err := s.bulk.counts(ctx, b.stream, b.chunks+">", func(subject string, n uint64) {
 		if d, ok := parseUpload(strings.TrimPrefix(subject, b.chunks)); ok {
-			uploads[d] = append(uploads[d], subject)
+			uploads[d] = append(uploads[d], attempt{bucket: b, subject: subject, chunks: int(min(n, maxChunks))})
 		}
 	})
 	if err != nil {
@@ -61,19 +61,19 @@ func (s *Store) sweep(ctx context.Context, b *bucket) error {
 	if err != nil {
 		return err
 	}
-	for d, subjects := range uploads {
-		if _, ok := complete[b.meta(d)]; ok && len(subjects) == 1 {
+	for d, attempts := range uploads {
+		if _, ok := complete[b.meta(d)]; ok && len(attempts) == 1 {
 			continue
 		}
-		if err := s.sweepBlob(ctx, b, d, subjects); err != nil {
+		if err := s.sweepBlob(ctx, b, d, attempts); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// sweepBlob removes the uploads of one blob that were in vain.
-func (s *Store) sweepBlob(ctx context.Context, b *bucket, d digest.Digest, subjects []string) error {
+// sweepBlob removes the attempts of one blob that were in vain.
+func (s *Store) sweepBlob(ctx context.Context, b *bucket, d digest.Digest, attempts []attempt) error {
 	named := ""
 	o, err := s.findObject(ctx, b, d, true)
 	switch {
@@ -82,18 +82,20 @@ func (s *Store) sweepBlob(ctx context.Context, b *bucket, d digest.Digest, subje
 	case !errors.Is(err, cas.ErrNotFound):
 		return err
 	}
-	for _, subject := range subjects {
-		if subject == named {
+	for _, a := range attempts {
+		if a.subject == named {
 			continue
 		}
-		last, err := s.bulk.lastFromLeader(ctx, b.stream, subject)
+		last, err := s.bulk.lastFromLeader(ctx, b.stream, a.subject)
 		if errors.Is(err, cas.ErrNotFound) || (err == nil && time.Since(last.time) < s.cfg.OrphanAge) {
 			continue
 		}
-		if err != nil {
-			return err
+		if err == nil && a.chunks < chunksOf(d) {
+			err = s.stop(ctx, a)
+		} else if err == nil {
+			err = s.bulk.purge(ctx, b.stream, a.subject)
 		}
-		if err := s.bulk.purgeUpTo(ctx, b.stream, subject, last.sequence); err != nil {
+		if err != nil {
 			return err
 		}
 		s.metrics.purged.Inc()
