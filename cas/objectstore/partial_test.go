@@ -265,28 +265,30 @@ func TestResumeRaces(t *testing.T) {
 	}
 }
 
-// An upload that was stopped does not become a blob, and says so.
+// An upload that was stopped does not become a blob, and says so, whether it lacked one chunk or several.
 func TestStoppedUploadFails(t *testing.T) {
 	f := brokertest.Start(t)
 	s := open(t, config(t, f))
-	d, data := castest.Blob(castest.Space(t, "stop"), 6*chunk)
-	err := s.PutFrom(t.Context(), d, "upload", 0, io.MultiReader(bytes.NewReader(data[:5*chunk]), readerFunc(func([]byte) (int, error) {
-		// Meanwhile another client of the same name brings other bytes, on the same beginning.
-		other := open(t, config(t, f))
-		eventually(t, "all chunks so far are stored", func() bool {
-			n, err := other.Committed(t.Context(), d, "upload")
-			return err == nil && n == 5*chunk
-		})
-		if err := other.PutFrom(t.Context(), d, "upload", 5*chunk, bytes.NewReader(make([]byte, chunk))); !errors.Is(err, cas.ErrMismatch) {
-			t.Errorf("PutFrom of other bytes: error %v, want %v", err, cas.ErrMismatch)
+	for _, sent := range []int64{5 * chunk, 2 * chunk} {
+		d, data := castest.Blob(castest.Space(t, "stop"), 6*chunk)
+		err := s.PutFrom(t.Context(), d, "upload", 0, io.MultiReader(bytes.NewReader(data[:sent]), readerFunc(func([]byte) (int, error) {
+			// Meanwhile another client of the same name brings other bytes, on the same beginning.
+			other := open(t, config(t, f))
+			eventually(t, "all chunks so far are stored", func() bool {
+				n, err := other.Committed(t.Context(), d, "upload")
+				return err == nil && n == sent
+			})
+			if err := other.PutFrom(t.Context(), d, "upload", sent, bytes.NewReader(make([]byte, 6*chunk-sent))); !errors.Is(err, cas.ErrMismatch) {
+				t.Errorf("PutFrom of other bytes: error %v, want %v", err, cas.ErrMismatch)
+			}
+			return 0, io.EOF
+		}), bytes.NewReader(data[sent:])))
+		_, read := open(t, config(t, f)).Open(t.Context(), d, 0)
+		if !errors.Is(err, cas.ErrUnavailable) || !errors.Is(read, cas.ErrNotFound) {
+			t.Errorf("PutFrom of an upload that was stopped after %d bytes: error %v, then Open %v", sent, err, read)
 		}
-		return 0, io.EOF
-	}), bytes.NewReader(data[5*chunk:])))
-	_, read := open(t, config(t, f)).Open(t.Context(), d, 0)
-	if !errors.Is(err, cas.ErrUnavailable) || !errors.Is(read, cas.ErrNotFound) {
-		t.Errorf("PutFrom of a stopped upload: error %v, then Open %v", err, read)
+		wantNothing(t, f.Connect(t), largeStream)
 	}
-	wantNothing(t, f.Connect(t), largeStream)
 }
 
 // A canceled upload with a name keeps what it brought, holds no budget and goes on later.

@@ -88,7 +88,14 @@ func (u *upload) end(ctx context.Context, err error) error {
 	case errors.Is(err, cas.ErrMismatch):
 		u.abandon(ctx)
 		u.disown(ctx)
-	case u.token == noUpload, known, errors.Is(err, errSuperseded), errors.Is(err, cas.ErrFull):
+	case errors.Is(err, errSuperseded):
+		u.abandon(ctx)
+		// Who stores the blob removes what others have of it, also of those that go on.
+		if _, e := s.findObject(ctx, u.bucket, u.digest, true); e == nil {
+			s.stored(u.bucket, u.digest)
+			return nil
+		}
+	case u.token == noUpload, known, errors.Is(err, cas.ErrFull):
 		u.abandon(ctx)
 	default:
 		u.keep(ctx)
@@ -134,6 +141,21 @@ func (u *upload) send(ctx context.Context, r io.Reader) error {
 	err := u.await(ctx, 0)
 	if errors.Is(err, errExists) {
 		return fmt.Errorf("%w: %w", cas.ErrUnavailable, errSuperseded)
+	}
+	if err != nil {
+		return err
+	}
+	return u.complete(ctx)
+}
+
+// complete tells whether all chunks are there. Who stopped the upload while it lacked several removed
+// those before, and the last one's condition does not show that; with the last one stored nobody stops
+// it any more.
+func (u *upload) complete(ctx context.Context) error {
+	var n uint64
+	err := u.store.bulk.counts(ctx, u.bucket.stream, u.subject(), func(_ string, messages uint64) { n = messages })
+	if err == nil && n != uint64(len(u.stored)) {
+		err = fmt.Errorf("%w: %w", cas.ErrUnavailable, errSuperseded)
 	}
 	return err
 }
