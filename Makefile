@@ -8,7 +8,7 @@ BENCHTIME  ?= 1s
 COUNT      ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills test-compose clean
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills test-compose conformance clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc"
@@ -22,10 +23,15 @@ type byteStream struct {
 	limits  Limits
 	metrics *metrics
 	chunks  *chunkPool
+
+	uploads, decoders slots
 }
 
 func newByteStream(blobs cas.Store, limits Limits, metrics *metrics) *byteStream {
-	return &byteStream{blobs: blobs, limits: limits, metrics: metrics, chunks: &chunkPool{size: limits.ReadChunkBytes}}
+	return &byteStream{
+		blobs: blobs, limits: limits, metrics: metrics, chunks: &chunkPool{size: limits.ReadChunkBytes},
+		uploads: slots{most: int64(limits.MaxUploads)}, decoders: slots{most: int64(limits.MaxCompressedUploads)},
+	}
 }
 
 // Read streams a blob from an offset on. An absent blob is NOT_FOUND before any data (row RD-2); a
@@ -39,12 +45,15 @@ func (b *byteStream) Read(req *bytestream.ReadRequest, stream bytestream.ByteStr
 	if err != nil {
 		return err
 	}
-	if err := checkCompressor(name.Compressor); err != nil {
-		return err
-	}
 	d, offset, limit := name.Digest, req.GetReadOffset(), req.GetReadLimit()
 	if offset < 0 || offset > d.Size() {
 		return fmt.Errorf("%w: read_offset %d of a blob of %d bytes", errRange, offset, d.Size())
+	}
+	if name.Compressor == digest.Zstd {
+		if limit != 0 {
+			return fmt.Errorf("%w: read_limit %d of a compressed read, which has none", errInvalid, limit)
+		}
+		return b.readFrames(ctx, d, offset, stream)
 	}
 	if limit < 0 {
 		return fmt.Errorf("%w: read_limit %d is negative", errInvalid, limit)
@@ -57,6 +66,15 @@ func (b *byteStream) Read(req *bytestream.ReadRequest, stream bytestream.ByteStr
 		return onRead(err)
 	}
 	return b.send(&download{stream: stream, chunks: b.chunks, left: limit, whole: limit == d.Size()-offset}, r)
+}
+
+// readFrames is Read of a blob as zstd: frames that decompress to its bytes from offset on.
+func (b *byteStream) readFrames(ctx context.Context, d digest.Digest, offset int64, stream grpc.ServerStream) error {
+	r, err := cas.OpenFrames(ctx, b.blobs, d, offset)
+	if err != nil {
+		return onRead(err)
+	}
+	return b.send(&download{stream: stream, chunks: b.chunks, left: math.MaxInt64, whole: true}, r)
 }
 
 // send sends what is in r and closes it.
@@ -147,14 +165,6 @@ func (w *download) send(data mem.Buffer) error {
 	}
 	w.left -= n
 	w.sent += n
-	return nil
-}
-
-// checkCompressor refuses blobs that travel compressed.
-func checkCompressor(c digest.Compressor) error {
-	if c != digest.Identity {
-		return fmt.Errorf("%w: compressed-blobs are not supported, use blobs/", errInvalid)
-	}
 	return nil
 }
 

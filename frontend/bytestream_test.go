@@ -20,29 +20,41 @@ import (
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
-// Rows RD-1, RD-15, RD-16, RD-20, GEN-5, GEN-6, GEN-18, X-6.
-func TestRD_1_Names(t *testing.T) {
+func TestReadNames(t *testing.T) {
 	h := start(t)
 	data := random(7)
 	d := h.put(t, data)
 	inInstance := must(cas.PutBytes(t.Context(), h.blobs, must(digest.SpaceOf("a/b/c", repb.DigestFunction_SHA256, "")), data))
-	for _, ok := range []string{d.Blob(), inInstance.String()} {
-		got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: ok})
-		if err != nil || !bytes.Equal(got, data) {
-			t.Errorf("Read(%q) = %d bytes, %v", ok, len(got), err)
-		}
+	for row, ok := range map[string]string{"RD-1 GEN-5 without an instance": d.Blob(), "RD-1 GEN-3 in an instance with slashes": inInstance.String()} {
+		t.Run(row, func(t *testing.T) {
+			got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: ok})
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("Read(%q) = %d bytes, %v", ok, len(got), err)
+			}
+		})
 	}
 	hash := d.Hash()
-	for _, bad := range []string{
-		"", "/", "blobs", "blobs/", "blobs/" + hash, "blobs/" + hash + "/", "/blobs/" + hash + "/7", "main//blobs/" + hash + "/7",
-		"blobs/" + hash + "/7/x", "blobs/" + hash + "/07", "blobs/" + hash + "/+7", "blobs/" + hash + "/0x7", "blobs/" + hash + "/-0",
-		"blobs/" + hash + "/-7", "blobs/" + hash + "/7e0", "blobs/" + hash + "/9223372036854775808", "blobs/" + strings.ToUpper(hash) + "/7",
-		"blobs/" + hash[1:] + "/7", "blobs/sha256/" + hash + "/7", "blobs/BLAKE3/" + hash + "/7", "uploads/" + hash + "/7",
-		uploadName(d), "compressed-blobs/identity/" + hash + "/7", "compressed-blobs/zstd/" + hash + "/7", "compressed-blobs/" + hash + "/7",
-		"actions/blobs/" + hash + "/7", strings.Repeat("x/", 100_000) + "blobs/" + hash + "/7", strings.Repeat("x", 1<<20),
+	for row, names := range map[string][]string{
+		"RD-1 no name of a blob":          {"", "/", "blobs", "blobs/", "blobs/" + hash, "blobs/" + hash + "/", "compressed-blobs/" + hash + "/7", "x/" + hash + "/7"},
+		"GEN-5 GEN-6 slashes":             {"/blobs/" + hash + "/7", "main//blobs/" + hash + "/7", "main/blobs//" + hash + "/7", "blobs/" + hash + "/7/"},
+		"RD-15 X-50 other kinds of names": {"blobs/" + hash + "/7/x", "uploads/" + hash + "/7", uploadName(d), "actionResults/blobs/" + hash + "/7"},
+		"RD-20 X-6 sizes": {
+			"blobs/" + hash + "/07", "blobs/" + hash + "/+7", "blobs/" + hash + "/0x7", "blobs/" + hash + "/-0", "blobs/" + hash + "/-7",
+			"blobs/" + hash + "/7e0", "blobs/" + hash + "/9223372036854775808", "blobs/" + hash + "/ 7",
+		},
+		"GEN-8 X-1 X-2 X-3 hashes": {
+			"blobs/" + strings.ToUpper(hash) + "/7", "blobs/" + hash[1:] + "/7", "blobs/" + hash + "0/7", "blobs/" + strings.Repeat("g", 64) + "/7",
+			"blobs/../../../../etc/passwd/7",
+		},
+		"GEN-18 digest functions": {"blobs/sha256/" + hash + "/7", "blobs/BLAKE3/" + hash + "/7", "blobs/md5/" + hash[:32] + "/7"},
+		"GEN-4 X-13 instances":    {"actions/blobs/" + hash + "/7", "../blobs/" + hash + "/7", "a\x00b/blobs/" + hash + "/7"},
 	} {
-		_, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: bad})
-		wantCode(t, fmt.Sprintf("Read(%.100q)", bad), err, codes.InvalidArgument)
+		t.Run(row, func(t *testing.T) {
+			for _, bad := range names {
+				_, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: bad})
+				wantCode(t, fmt.Sprintf("Read(%q)", bad), err, codes.InvalidArgument)
+			}
+		})
 	}
 }
 

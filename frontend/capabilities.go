@@ -38,6 +38,9 @@ func (c *capabilities) GetCapabilities(_ context.Context, req *repb.GetCapabilit
 			MaxBatchTotalSizeBytes:        c.limits.MaxBatchBytes,
 			MaxCasBlobSizeBytes:           c.limits.MaxBlobBytes,
 			SymlinkAbsolutePathStrategy:   repb.SymlinkAbsolutePathStrategy_ALLOWED,
+			// IDENTITY goes without saying; a client that takes the first of the list must not get it.
+			SupportedCompressors:            []repb.Compressor_Value{repb.Compressor_ZSTD},
+			SupportedBatchUpdateCompressors: []repb.Compressor_Value{repb.Compressor_ZSTD},
 		},
 		ExecutionCapabilities: &repb.ExecutionCapabilities{
 			DigestFunction:                functions[0],

@@ -26,12 +26,14 @@ func TestCapabilities(t *testing.T) {
 	}
 	want := &repb.ServerCapabilities{
 		CacheCapabilities: &repb.CacheCapabilities{
-			DigestFunctions:               functions,
-			ActionCacheUpdateCapabilities: &repb.ActionCacheUpdateCapabilities{},
-			CachePriorityCapabilities:     priorities,
-			MaxBatchTotalSizeBytes:        4063232,
-			MaxCasBlobSizeBytes:           64 << 30,
-			SymlinkAbsolutePathStrategy:   repb.SymlinkAbsolutePathStrategy_ALLOWED,
+			DigestFunctions:                 functions,
+			ActionCacheUpdateCapabilities:   &repb.ActionCacheUpdateCapabilities{},
+			CachePriorityCapabilities:       priorities,
+			MaxBatchTotalSizeBytes:          4063232,
+			MaxCasBlobSizeBytes:             64 << 30,
+			SymlinkAbsolutePathStrategy:     repb.SymlinkAbsolutePathStrategy_ALLOWED,
+			SupportedCompressors:            []repb.Compressor_Value{repb.Compressor_ZSTD},
+			SupportedBatchUpdateCompressors: []repb.Compressor_Value{repb.Compressor_ZSTD},
 		},
 		ExecutionCapabilities: &repb.ExecutionCapabilities{
 			DigestFunction: repb.DigestFunction_SHA256, DigestFunctions: functions, ExecEnabled: true,

@@ -5,21 +5,32 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"golang.org/x/sync/semaphore"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 
 	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
-// content serves ContentAddressableStorage; GetTree is in tree.go.
+// content serves ContentAddressableStorage; the blobs of batches are in batch.go, GetTree is in tree.go.
 type content struct {
 	repb.UnimplementedContentAddressableStorageServer
-	blobs   cas.Store
-	limits  Limits
-	metrics *metrics
+	blobs    cas.Store
+	limits   Limits
+	metrics  *metrics
+	unpacked *semaphore.Weighted // bytes that all calls together have decompressed
+}
+
+func newContent(blobs cas.Store, limits Limits, metrics *metrics) *content {
+	return &content{
+		blobs: blobs, limits: limits, metrics: metrics,
+		unpacked: semaphore.NewWeighted(unpackCalls * unpackFactor * limits.MaxBatchBytes),
+	}
 }
 
 // spaceOf returns the space that a request's digests live in. When the request names no digest
@@ -90,15 +101,9 @@ func (c *content) BatchUpdateBlobs(ctx context.Context, req *repb.BatchUpdateBlo
 	if len(asked) > 0 {
 		first = asked[0].GetDigest()
 	}
-	space, err := spaceOf(req.GetInstanceName(), req.GetDigestFunction(), first)
-	if err != nil && len(asked) == 0 {
-		return nil, err
-	}
+	space, err := spaceOfBatch(req.GetInstanceName(), req.GetDigestFunction(), first)
 	if err != nil {
-		// A hash of a wrong length must not fail the other blobs (row GEN-16 holds per blob here, D1).
-		if space, err = digest.SpaceOf(req.GetInstanceName(), req.GetDigestFunction(), ""); err != nil {
-			return nil, err
-		}
+		return nil, err
 	}
 	room, err := answerRoom(c.limits, asked, (*repb.BatchUpdateBlobsRequest_Request).GetDigest)
 	if err != nil {
@@ -119,55 +124,6 @@ func (c *content) BatchUpdateBlobs(ctx context.Context, req *repb.BatchUpdateBlo
 	return response, nil
 }
 
-// store puts the blobs of a batch and returns one error for each; its own error ends the whole call.
-func (c *content) store(ctx context.Context, space digest.Space, asked []*repb.BatchUpdateBlobsRequest_Request) ([]error, error) {
-	errs := make([]error, len(asked))
-	firstOf := make(map[digest.Digest]int, len(asked))
-	sameAs := make([]int, len(asked))
-	var ds []digest.Digest
-	var data [][]byte
-	var at []int // where in asked each of ds is
-	for i, r := range asked {
-		sameAs[i] = i
-		d, err := c.verified(space, r)
-		if err != nil {
-			errs[i] = err
-			continue
-		}
-		if j, twice := firstOf[d]; twice {
-			sameAs[i] = j
-			continue
-		}
-		firstOf[d] = i
-		ds, data, at = append(ds, d), append(data, r.GetData()), append(at, i)
-	}
-	for i, err := range cas.PutBatch(ctx, c.blobs, c.limits.BatchConcurrency, ds, data) {
-		errs[at[i]] = err
-	}
-	for i, j := range sameAs {
-		errs[i] = errs[j]
-	}
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	return errs, nil
-}
-
-// verified returns the digest of one blob of a batch after checking that its data has it.
-func (c *content) verified(space digest.Space, r *repb.BatchUpdateBlobsRequest_Request) (digest.Digest, error) {
-	if r.GetCompressor() != repb.Compressor_IDENTITY {
-		return digest.Digest{}, fmt.Errorf("%w: compressor %v is not supported (supported: IDENTITY)", errInvalid, r.GetCompressor())
-	}
-	d, err := space.Parse(r.GetDigest())
-	if err != nil {
-		return digest.Digest{}, err
-	}
-	if got := space.Of(r.GetData()); got != d {
-		return digest.Digest{}, fmt.Errorf("%w: blob %v has data with the digest %s/%d", cas.ErrMismatch, d, got.Hash(), got.Size())
-	}
-	return d, nil
-}
-
 // BatchReadBlobs returns blobs in the order of the request, one answer for each digest in it. What
 // would make the answer larger than clients accept is RESOURCE_EXHAUSTED blob by blob from the tail
 // (row BRB-11).
@@ -185,7 +141,11 @@ func (c *content) BatchReadBlobs(ctx context.Context, req *repb.BatchReadBlobsRe
 	if total > c.limits.MaxBatchBytes {
 		return nil, fmt.Errorf("%w: the blobs have %d bytes together, at most %d are allowed", errInvalid, total, c.limits.MaxBatchBytes)
 	}
-	space, err := digest.SpaceOf(req.GetInstanceName(), req.GetDigestFunction(), "")
+	var first *repb.Digest
+	if len(asked) > 0 {
+		first = asked[0]
+	}
+	space, err := spaceOfBatch(req.GetInstanceName(), req.GetDigestFunction(), first)
 	if err != nil {
 		return nil, err
 	}
@@ -193,7 +153,7 @@ func (c *content) BatchReadBlobs(ctx context.Context, req *repb.BatchReadBlobsRe
 	if err != nil {
 		return nil, err
 	}
-	reads, err := c.fetch(ctx, space, asked)
+	reads, err := c.fetch(ctx, space, asked, slices.Contains(req.GetAcceptableCompressors(), repb.Compressor_ZSTD))
 	if err != nil {
 		return nil, err
 	}
@@ -208,7 +168,7 @@ func (c *content) BatchReadBlobs(ctx context.Context, req *repb.BatchReadBlobsRe
 		case len(read.data)+dataOverhead > room && len(read.data) > 0:
 			response.Responses[i].Status = &statuspb.Status{Code: int32(codes.ResourceExhausted)}
 		default:
-			response.Responses[i].Data = read.data
+			response.Responses[i].Data, response.Responses[i].Compressor = read.data, read.compressor
 			room -= len(read.data) + dataOverhead
 			sent += len(read.data)
 		}
@@ -220,43 +180,6 @@ func (c *content) BatchReadBlobs(ctx context.Context, req *repb.BatchReadBlobsRe
 // dataOverhead is what the data field and the longer lengths around it add to an entry.
 const dataOverhead = 1 + 4 + 3
 
-// blobRead is the outcome of reading one blob of a batch.
-type blobRead struct {
-	data []byte
-	err  error
-}
-
-// fetch reads the blobs of a batch, each distinct one once.
-func (c *content) fetch(ctx context.Context, space digest.Space, asked []*repb.Digest) ([]*blobRead, error) {
-	reads := make([]*blobRead, len(asked))
-	known := make(map[digest.Digest]*blobRead, len(asked))
-	var ds []digest.Digest
-	for i, message := range asked {
-		d, err := space.Parse(message)
-		if err != nil {
-			reads[i] = &blobRead{err: err}
-			continue
-		}
-		if known[d] == nil {
-			known[d] = &blobRead{}
-			if data, ok := cas.Peek(c.blobs, d); ok {
-				known[d].data = data
-			} else {
-				ds = append(ds, d)
-			}
-		}
-		reads[i] = known[d]
-	}
-	data, errs := cas.ReadBatch(ctx, c.blobs, c.limits.BatchConcurrency, ds)
-	for i, d := range ds {
-		known[d].data, known[d].err = data[i], onRead(errs[i])
-	}
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	return reads, nil
-}
-
 // readBlob reads a whole blob of at most limit bytes; a damaged one is errDamaged.
 func readBlob(ctx context.Context, blobs cas.Store, d digest.Digest, limit int64) ([]byte, error) {
 	b, err := cas.ReadAll(ctx, blobs, d, limit)
@@ -266,9 +189,9 @@ func readBlob(ctx context.Context, blobs cas.Store, d digest.Digest, limit int64
 	return b, nil
 }
 
-// onRead tells a mismatch that a read met, which is the store's fault, from one that a writer brought.
+// onRead tells damage that a read met, which is the store's fault, from what a writer brought.
 func onRead(err error) error {
-	if errors.Is(err, cas.ErrMismatch) {
+	if errors.Is(err, cas.ErrMismatch) || errors.Is(err, compress.ErrInvalid) || errors.Is(err, compress.ErrTooLarge) {
 		return fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	return err

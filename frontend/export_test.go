@@ -29,6 +29,7 @@ var (
 	ErrUnimplemented = errUnimplemented
 	ErrNotFound      = errNotFound
 	ErrDamaged       = errDamaged
+	ErrBusy          = errBusy
 	ErrMoved         = errMoved
 	ErrDraining      = errDraining
 	ErrInterrupted   = errInterrupted

@@ -55,6 +55,10 @@ type Limits struct {
 	Unary time.Duration
 	// OperationWait bounds one WaitOperation; it is less than Unary. 2 min by default.
 	OperationWait time.Duration
+	// MaxUploads bounds the ByteStream uploads that are going on in this process, MaxCompressedUploads
+	// those among them that need a decoder of up to 8 MiB. 16 384 and 1 024 by default.
+	MaxUploads           int
+	MaxCompressedUploads int
 	// MaxStreams bounds the concurrent calls of one connection. 10 000 by default.
 	MaxStreams uint32
 }
@@ -87,6 +91,8 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.MaxDigests, 40_000)
 	orDefault(&l.MaxBlobBytes, 64<<30)
 	orDefault(&l.BatchConcurrency, 32)
+	orDefault(&l.MaxUploads, 16<<10)
+	orDefault(&l.MaxCompressedUploads, 1<<10)
 	orDefault(&l.ReadChunkBytes, 512<<10)
 	orDefault(&l.MaxTreeDirectories, 250_000)
 	orDefault(&l.MaxTreeBytes, 512<<20)
@@ -131,6 +137,7 @@ func (l Limits) Validate() error {
 	check(l.MaxBlobBytes >= l.MaxBatchBytes, "max blob bytes %d is below max batch bytes %d", l.MaxBlobBytes, l.MaxBatchBytes)
 	check(l.BatchConcurrency > 0 && l.BatchConcurrency <= 1024, "batch concurrency %d is not from 1 to 1024", l.BatchConcurrency)
 	check(l.ReadChunkBytes >= 4<<10 && l.ReadChunkBytes <= 1<<20, "read chunk bytes %d is not from 4 KiB to 1 MiB", l.ReadChunkBytes)
+	check(l.MaxUploads > 0 && l.MaxCompressedUploads > 0, "max uploads %d and max compressed uploads %d are not positive", l.MaxUploads, l.MaxCompressedUploads)
 	check(l.MaxTreeDirectories > 0, "max tree directories %d is not positive", l.MaxTreeDirectories)
 	check(l.MaxTreeBytes > 0, "max tree bytes %d is not positive", l.MaxTreeBytes)
 	check(l.MaxActionBytes > 0 && l.MaxActionBytes <= mostReceived, "max action bytes %d is not from 1 to %d", l.MaxActionBytes, mostReceived)

@@ -83,7 +83,7 @@ func (s *Server) register() {
 	in := &inliner{blobs: cfg.Blobs, limits: limits}
 	ans := &answers{blobs: cfg.Blobs, inline: in, limits: limits}
 	repb.RegisterCapabilitiesServer(s.grpc, &capabilities{limits: limits, updates: cfg.AllowActionCacheUpdates, execute: cfg.ExecEnabled})
-	repb.RegisterContentAddressableStorageServer(s.grpc, &content{blobs: cfg.Blobs, limits: limits, metrics: s.metrics})
+	repb.RegisterContentAddressableStorageServer(s.grpc, newContent(cfg.Blobs, limits, s.metrics))
 	bytestream.RegisterByteStreamServer(s.grpc, newByteStream(cfg.Blobs, limits, s.metrics))
 	results := &actionCache{
 		actions: cfg.Actions, blobs: cfg.Blobs, inline: in, limits: limits, metrics: s.metrics, updates: cfg.AllowActionCacheUpdates,

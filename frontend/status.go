@@ -16,6 +16,7 @@ import (
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -33,6 +34,8 @@ var (
 	errNotFound = errors.New("not found")
 	// errDamaged is a stored blob whose bytes are not those of its digest.
 	errDamaged = errors.New("stored blob is damaged")
+	// errBusy is a frontend that has as many uploads as it takes.
+	errBusy = errors.New("too many uploads at once")
 	// errMoved is an upload that begins before what is kept of it.
 	errMoved = errors.New("more of the upload has arrived")
 	// errDraining ends what a client may begin again on another frontend.
@@ -57,6 +60,8 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{actioncache.ErrInvalid, codes.InvalidArgument, false},
 	{actioncache.ErrTooLarge, codes.InvalidArgument, false},
 	{cas.ErrMismatch, codes.InvalidArgument, false},
+	{compress.ErrInvalid, codes.InvalidArgument, false},
+	{compress.ErrTooLarge, codes.InvalidArgument, false},
 	{errRange, codes.OutOfRange, false},
 	{errDenied, codes.PermissionDenied, false},
 	{errDisabled, codes.FailedPrecondition, false},
@@ -65,6 +70,7 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{errTooLarge, codes.ResourceExhausted, false},
 	{errStalled, codes.DeadlineExceeded, false},
 	{errSlow, codes.DeadlineExceeded, false},
+	{errBusy, codes.ResourceExhausted, true},
 	{errMoved, codes.Aborted, true},
 	{errDraining, codes.Unavailable, true},
 	{errInterrupted, codes.Unavailable, true},

@@ -16,6 +16,7 @@ import (
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 	"github.com/jetfarm/jetfarm/frontend"
 )
@@ -36,6 +37,7 @@ func TestErrorMapping(t *testing.T) {
 		{frontend.ErrUnimplemented, codes.Unimplemented, false},
 		{frontend.ErrNotFound, codes.NotFound, false},
 		{frontend.ErrDamaged, codes.DataLoss, false},
+		{frontend.ErrBusy, codes.ResourceExhausted, true},
 		{frontend.ErrMoved, codes.Aborted, true},
 		{frontend.ErrDraining, codes.Unavailable, true},
 		{frontend.ErrInterrupted, codes.Unavailable, true},
@@ -44,6 +46,8 @@ func TestErrorMapping(t *testing.T) {
 		{digest.ErrInvalid, codes.InvalidArgument, false},
 		{cas.ErrNotFound, codes.NotFound, false},
 		{cas.ErrMismatch, codes.InvalidArgument, false},
+		{compress.ErrInvalid, codes.InvalidArgument, false},
+		{compress.ErrTooLarge, codes.InvalidArgument, false},
 		{cas.ErrFull, codes.ResourceExhausted, false},
 		{cas.ErrNotKept, codes.InvalidArgument, false},
 		{cas.ErrUnavailable, codes.Unavailable, true},

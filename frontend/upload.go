@@ -23,19 +23,21 @@ type receiver interface {
 }
 
 // upload is the data of one Write stream as an io.Reader. It ends with io.EOF only after finish_write
-// and exactly size bytes; a client that breaks a rule, leaves or stalls is an error, so the store
-// never sees a short blob as a whole one. Its errors wrap errInvalid, errHalfClosed, errPresent,
+// and, unless it is compressed, exactly size bytes; a client that breaks a rule, leaves or stalls is an
+// error, so the store never sees a short blob as a whole one. Its errors wrap errInvalid, errHalfClosed, errPresent,
 // errStalled or are the stream's own. It is used by one goroutine, which calls begin, start, then
 // Read, and close at the end.
 type upload struct {
 	stream   receiver
 	name     string
-	size     int64
+	size     int64 // of the blob
+	most     int64 // the largest offset: size, or more when it is compressed
 	offset   int64 // the write_offset that comes next
 	received int64 // bytes
 	message  writeRequest
 	finished bool
 	err      error
+	ended    bool // io.EOF was returned: the whole upload was read
 
 	present   func() error // errPresent when the blob has appeared
 	nextLook  int64        // bytes received at which to ask present again
@@ -58,9 +60,20 @@ func (u *upload) begin() (*writeRequest, error) {
 
 // start accepts the first message as the bytes from offset on of a blob of size bytes.
 func (u *upload) start(offset, size int64) error {
-	u.offset, u.size, u.nextLook = offset, size, presentEvery
+	u.offset, u.size, u.most, u.nextLook = offset, size, size, presentEvery
 	return u.accept()
 }
+
+// startCompressed accepts the first message as the beginning of a blob of size bytes that comes
+// compressed: as what may be longer, by frames that hold nothing, but not for ever (row ZST-7).
+func (u *upload) startCompressed(size int64) error {
+	const slack = 1 << 20
+	u.size, u.most, u.nextLook = size, 2*size+slack, presentEvery
+	return u.accept()
+}
+
+// compressed tells that the bytes are not those of the blob.
+func (u *upload) compressed() bool { return u.most != u.size }
 
 // close gives back the buffers of the last message.
 func (u *upload) close() { u.message.close() }
@@ -75,6 +88,7 @@ func (u *upload) Read(p []byte) (int, error) {
 			u.err = u.next()
 		}
 		if u.err != nil {
+			u.ended = errors.Is(u.err, io.EOF)
 			return 0, u.err
 		}
 	}
@@ -112,13 +126,17 @@ func (u *upload) accept() error {
 		return fmt.Errorf("%w: write_offset %d of %s, %d is next", errInvalid, m.offset, digest.Quote(u.name), u.offset)
 	}
 	n := int64(m.data.Remaining())
-	if n > u.size-u.offset {
+	switch {
+	case n <= u.most-u.offset:
+	case u.compressed():
+		return fmt.Errorf("%w: %s has more than %d compressed bytes, too many for the %d bytes of its digest", errInvalid, digest.Quote(u.name), u.most, u.size)
+	default:
 		return fmt.Errorf("%w: %s has more data than the %d bytes of its digest", errInvalid, digest.Quote(u.name), u.size)
 	}
 	u.offset += n
 	u.received += n
 	u.finished = m.finish
-	if u.finished && u.offset < u.size {
+	if u.finished && u.offset < u.size && !u.compressed() {
 		return fmt.Errorf("%w: %s was finished after %d of %d bytes", errInvalid, digest.Quote(u.name), u.offset, u.size)
 	}
 	return u.progress(n)

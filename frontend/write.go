@@ -8,6 +8,7 @@ import (
 	"google.golang.org/genproto/googleapis/bytestream"
 
 	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -26,6 +27,10 @@ func (b *byteStream) Write(stream bytestream.ByteStream_WriteServer) error {
 	if err != nil {
 		return err
 	}
+	if err := b.uploads.take(); err != nil {
+		return err
+	}
+	defer b.uploads.release()
 	committed, err := b.store(ctx, w, up)
 	b.metrics.received.WithLabelValues("bytestream").Add(float64(up.received))
 	if err != nil {
@@ -46,9 +51,6 @@ func (b *byteStream) target(ctx context.Context, name string) (digest.Write, err
 	if err != nil {
 		return digest.Write{}, err
 	}
-	if err := checkCompressor(w.Compressor); err != nil {
-		return digest.Write{}, err
-	}
 	if w.Digest.Size() > b.limits.MaxBlobBytes {
 		return digest.Write{}, fmt.Errorf("%w: blob %v is larger than %d bytes, the most that is stored", errInvalid, w.Digest, b.limits.MaxBlobBytes)
 	}
@@ -63,26 +65,49 @@ func (b *byteStream) store(ctx context.Context, w digest.Write, up *upload) (int
 	up.present = func() error { return b.present(ctx, w.Digest) }
 	err := b.put(ctx, w, up)
 	switch {
-	case errors.Is(err, errPresent):
-		return w.Digest.Size(), nil
 	case errors.Is(err, errHalfClosed):
 		return b.committed(ctx, w)
+	case err != nil && !errors.Is(err, errPresent):
+		return 0, err
+	case w.Compressor == digest.Identity:
+		return w.Digest.Size(), nil
+	case up.ended:
+		return up.received, nil // decision D9
 	}
-	return w.Digest.Size(), err
+	return notRead, nil
 }
 
+// notRead is the committed_size of a compressed upload that was answered early (row WR-17).
+const notRead = -1
+
+// put stores the blob. That it is there already may be errPresent or no error.
 func (b *byteStream) put(ctx context.Context, w digest.Write, up *upload) error {
 	offset, err := b.offset(ctx, w, up)
 	if err != nil {
 		return err
 	}
+	if w.Compressor == digest.Zstd {
+		return b.putCompressed(ctx, w.Digest, up)
+	}
 	if err := up.start(offset, w.Digest.Size()); err != nil {
 		return err
 	}
-	if resumer, ok := b.blobs.(cas.Resumer); ok {
-		return resumer.PutFrom(ctx, w.Digest, w.Upload, offset, up)
+	return cas.PutFrom(ctx, b.blobs, w.Digest, w.Upload, offset, up)
+}
+
+// putCompressed stores a blob that comes as zstd. What it decompresses to is bounded by its size, what
+// it comes as by the upload, and the decoder's memory by the largest window.
+func (b *byteStream) putCompressed(ctx context.Context, d digest.Digest, up *upload) error {
+	if err := up.startCompressed(d.Size()); err != nil {
+		return err
 	}
-	return b.blobs.Put(ctx, w.Digest, up)
+	if err := b.decoders.take(); err != nil {
+		return err
+	}
+	defer b.decoders.release()
+	r := compress.NewReader(up, d.Size())
+	defer r.Close() //nolint:errcheck // it has no error, it gives the decoder back
+	return b.blobs.Put(ctx, d, r)
 }
 
 // offset returns where an upload begins. Zero starts over whatever is kept (decision D11); an offset
@@ -118,13 +143,13 @@ func (b *byteStream) present(ctx context.Context, d digest.Digest) error {
 	return err
 }
 
-// committed returns how much of an upload is kept, so that the upload can go on there.
+// committed returns how much of an upload is kept, so that the upload can go on there. Of a compressed
+// one nothing is: its beginning could not be decompressed without the rest (rows WR-10, QWS-7).
 func (b *byteStream) committed(ctx context.Context, w digest.Write) (int64, error) {
-	resumer, ok := b.blobs.(cas.Resumer)
-	if !ok || w.Digest.IsEmpty() || w.Digest.IsImpossible() {
+	if w.Compressor != digest.Identity || w.Digest.IsEmpty() || w.Digest.IsImpossible() {
 		return 0, nil
 	}
-	return resumer.Committed(ctx, w.Digest, w.Upload)
+	return cas.Committed(ctx, b.blobs, w.Digest, w.Upload)
 }
 
 // QueryWriteStatus answers {size, true} for a blob that is present, else what is kept of the upload:
@@ -135,9 +160,6 @@ func (b *byteStream) QueryWriteStatus(ctx context.Context, req *bytestream.Query
 	}
 	w, err := digest.ParseWrite(req.GetResourceName())
 	if err != nil {
-		return nil, err
-	}
-	if err := checkCompressor(w.Compressor); err != nil {
 		return nil, err
 	}
 	switch err := b.present(ctx, w.Digest); {

@@ -24,29 +24,37 @@ import (
 	"github.com/jetfarm/jetfarm/frontend"
 )
 
-// Rows WR-1, WR-2, WR-4, X-22.
-func TestWR_1_Names(t *testing.T) {
+func TestWriteNames(t *testing.T) {
 	h := start(t)
 	id := uuid.NewString()
-	for _, format := range []string{
-		"uploads/" + id + "/%s", "a/b/c/uploads/" + id + "/%s", "uploads/" + strings.ToUpper(id) + "/%s", "uploads/" + id + "/%s/foo/bar.txt",
+	for row, format := range map[string]string{
+		"WR-1 without an instance":            "uploads/" + id + "/%s",
+		"WR-1 GEN-3 an instance with slashes": "a/b/c/uploads/" + id + "/%s",
+		"WR-4 an id in upper case":            "uploads/" + strings.ToUpper(id) + "/%s",
+		"WR-2 metadata":                       "uploads/" + id + "/%s/foo/bar.txt",
 	} {
-		data := random(9)
-		resp, err := h.write(t.Context(), chunks(fmt.Sprintf(format, space.Of(data).Blob()), data, 4)...)
-		if err != nil || resp.GetCommittedSize() != 9 {
-			t.Errorf("Write(%q) = %v, %v, want 9 bytes", format, resp, err)
-		}
+		t.Run(row, func(t *testing.T) {
+			data := random(9)
+			resp, err := h.write(t.Context(), chunks(fmt.Sprintf(format, space.Of(data).Blob()), data, 4)...)
+			if err != nil || resp.GetCommittedSize() != 9 {
+				t.Errorf("Write(%q) = %v, %v, want 9 bytes", format, resp, err)
+			}
+		})
 	}
-	for _, format := range []string{
-		"%s", "/uploads/" + id + "/%s", "uploads/%s", "uploads/not-a-uuid/%s", "uploads/" + strings.Repeat("1", 10_000) + "/%s",
-		"uploads/" + id + "/compressed-blobs/zstd/%s", "uploads/" + id + "/x/%s", "uploads/" + id, "a//uploads/" + id + "/%s",
+	for row, formats := range map[string][]string{
+		"WR-1 QWS-6 no name of an upload": {"%s", "/uploads/" + id + "/%s", "uploads/" + id + "/x/%s", "uploads/" + id, "a//uploads/" + id + "/%s", "actions/uploads/" + id + "/%s"},
+		"WR-4 X-22 no id":                 {"uploads/%s", "uploads//%s", "uploads/not-a-uuid/%s", "uploads/" + strings.Repeat("1", 10_000) + "/%s", "uploads/{" + id + "}/%s"},
 	} {
-		data := random(9)
-		name := strings.ReplaceAll(format, "%s", space.Of(data).Blob())
-		_, err := h.write(t.Context(), chunks(name, data, 4)...)
-		wantCode(t, fmt.Sprintf("Write(%.100q)", name), err, codes.InvalidArgument)
-		_, err = h.bytes.QueryWriteStatus(t.Context(), &bytestream.QueryWriteStatusRequest{ResourceName: name}) // row QWS-6
-		wantCode(t, fmt.Sprintf("QueryWriteStatus(%.100q)", name), err, codes.InvalidArgument)
+		t.Run(row, func(t *testing.T) {
+			for _, format := range formats {
+				data := random(9)
+				name := strings.ReplaceAll(format, "%s", space.Of(data).Blob())
+				_, err := h.write(t.Context(), chunks(name, data, 4)...)
+				wantCode(t, fmt.Sprintf("Write(%.100q)", name), err, codes.InvalidArgument)
+				_, err = h.bytes.QueryWriteStatus(t.Context(), &bytestream.QueryWriteStatusRequest{ResourceName: name})
+				wantCode(t, fmt.Sprintf("QueryWriteStatus(%.100q)", name), err, codes.InvalidArgument)
+			}
+		})
 	}
 }
 
@@ -204,30 +212,47 @@ func TestWR_11_FMB_8_InvisibleUntilFinished(t *testing.T) {
 	}
 }
 
-// Rows WR-3 and WR-19, X-35: one upload id, many writers, some of them corrupt.
-func TestWR_33_X_35_X_36_RacingWriters(t *testing.T) {
+// Many writers of one blob, some of them corrupt, in every form, half of them under one upload id.
+func TestWR_19_WR_33_X_35_X_36_RacingWriters(t *testing.T) {
 	h := start(t)
 	data := random(1 << 20)
 	d := space.Of(data)
-	upload := uploadName(d)
+	shared := uploadName(d)
 	var g errgroup.Group
 	for i := range 24 {
-		sent := data
-		if i%4 == 3 {
+		sent, corrupt := data, i%4 == 3
+		if corrupt {
 			sent = bytes.Clone(data)
 			sent[i] ^= 1
 		}
+		name, body := shared, sent
+		switch {
+		case i%3 == 1:
+			name = uploadName(d)
+		case i%3 == 2:
+			name, body = packedName(d), pack(sent)
+		}
 		g.Go(func() error {
-			resp, err := h.write(t.Context(), chunks(upload, sent, 256<<10)...)
-			switch {
-			case err == nil && resp.GetCommittedSize() == d.Size():
-				return nil
-			case i%4 == 3 && status.Code(err) == codes.InvalidArgument:
-				return nil
+			for {
+				resp, err := h.write(t.Context(), chunks(name, body, 256<<10)...)
+				switch {
+				case err == nil && (resp.GetCommittedSize() == int64(len(body)) || resp.GetCommittedSize() == -1):
+					return nil
+				case corrupt && status.Code(err) == codes.InvalidArgument:
+					return nil
+				case name == shared && status.Code(err) == codes.Unavailable:
+					continue // Another one of the same name stopped it.
+				}
+				return fmt.Errorf("writer %d: %v, %w", i, resp, err)
 			}
-			return fmt.Errorf("writer %d: %v, %w", i, resp, err)
 		})
 	}
+	g.Go(func() error {
+		if got := h.update(t, blob(data)); got[0] != codes.OK {
+			return fmt.Errorf("batch: %v", got)
+		}
+		return nil
+	})
 	if err := g.Wait(); err != nil {
 		t.Error(err)
 	}

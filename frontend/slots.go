@@ -1,0 +1,24 @@
+package frontend
+
+import (
+	"fmt"
+	"sync/atomic"
+)
+
+// slots bounds how many of something there are at once. Nobody waits for one: a client that is told to
+// come back holds nothing meanwhile.
+type slots struct {
+	most  int64
+	taken atomic.Int64
+}
+
+// take takes a slot, which the caller gives back with release, or returns an errBusy.
+func (s *slots) take() error {
+	if s.taken.Add(1) > s.most {
+		s.taken.Add(-1)
+		return fmt.Errorf("%w: there are %d", errBusy, s.most)
+	}
+	return nil
+}
+
+func (s *slots) release() { s.taken.Add(-1) }
