@@ -1,5 +1,7 @@
 package upstream
 
+import "time"
+
 // SmallBlob is up to which size a blob travels in one message.
 const SmallBlob = smallBlob
 
@@ -28,3 +30,6 @@ func (c *Client) Down() bool {
 	_, err := c.health.able()
 	return err != nil
 }
+
+// SetPatience sets how long a fetch waits for slow readers. It must be called before Run.
+func (t *Tier) SetPatience(d time.Duration) { t.patience = d }

@@ -45,7 +45,7 @@ func (t *Tier) join(ctx context.Context, d digest.Digest) (*flight, error) {
 	}
 	f := t.flights[d]
 	if f == nil {
-		f = &flight{digest: d, window: newWindow(), landed: make(chan struct{})}
+		f = &flight{digest: d, window: newWindow(t.patience), landed: make(chan struct{})}
 		t.flights[d] = f
 		t.launch(f)
 	}

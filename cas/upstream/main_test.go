@@ -62,11 +62,10 @@ func newStorage(t testing.TB) *storage {
 // farm is another jetfarm, reached over gRPC.
 type farm struct {
 	*storage
-	store    cas.Store // what its frontend serves
-	server   *frontend.Server
-	metrics  *prometheus.Registry
-	address  string
-	clientOf *brokertest.Farm
+	store   cas.Store // what its frontend serves
+	server  *frontend.Server
+	metrics *prometheus.Registry
+	address string
 }
 
 func startFarm(t testing.TB, changes ...func(*frontend.Config)) *farm {

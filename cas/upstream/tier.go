@@ -22,6 +22,7 @@ type Tier struct {
 	client *Client
 	log    *slog.Logger
 
+	patience time.Duration
 	fetching chan struct{} // a token for each fetch
 	started  chan struct{} // closed when Run has begun
 	small    *queue        // of blobs to be copied
@@ -49,7 +50,7 @@ const fetches = 32
 // New returns a tier on a store. It starts nothing.
 func New(local cas.Store, client *Client) *Tier {
 	t := &Tier{
-		local: local, client: client, log: client.cfg.Log,
+		local: local, client: client, log: client.cfg.Log, patience: patience,
 		fetching: make(chan struct{}, fetches), started: make(chan struct{}),
 		flights: make(map[digest.Digest]*flight), promised: make(map[digest.Digest]int),
 	}

@@ -39,7 +39,7 @@ type window struct {
 // A tail is one reader of a window.
 type tail struct{ at int64 } // guarded by window.mu
 
-func newWindow() *window {
+func newWindow(patience time.Duration) *window {
 	return &window{patience: patience, readers: make(map[*tail]struct{}), changed: make(chan struct{})}
 }
 
@@ -93,9 +93,10 @@ func (w *window) wanted() bool {
 	return len(w.readers) > 0
 }
 
-// trim drops what no reader wants and wakes all who wait. w.mu must be held.
+// trim drops what no reader wants, but for the last of it, which lets others join, and wakes all who
+// wait. w.mu must be held.
 func (w *window) trim() {
-	first := w.end - w.lag()
+	first := w.end - max(w.lag(), windowBytes)
 	for len(w.chunks) > 0 && w.base+int64(len(w.chunks[0])) <= first {
 		w.base += int64(len(w.chunks[0]))
 		w.chunks[0] = nil
