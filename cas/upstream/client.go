@@ -115,11 +115,12 @@ func (c *Client) count(method string, err error) {
 
 // call makes a unary call within the bound on stalls and returns its error as one of package cas.
 func (c *Client) call(ctx context.Context, method string, f func(ctx context.Context) error) error {
+	begun := time.Now()
 	bound, cancel := context.WithTimeoutCause(c.outgoing(ctx), c.cfg.Stall, errStalled)
 	defer cancel()
 	err := f(bound)
 	c.count(method, err)
-	return c.done(ctx, failure(ctx, bound, err))
+	return c.done(ctx, begun, failure(ctx, bound, err))
 }
 
 // can returns what the upstream can do when it can have d.

@@ -54,7 +54,8 @@ func abilitiesOf(c *repb.CacheCapabilities) *abilities {
 	return a
 }
 
-// trip is how many calls in a row must fail for the upstream to count as down.
+// trip is how many calls or probes must fail one after the other for the upstream to count as down.
+// Those that a single event ends, such as a connection that breaks, count as one.
 const trip = 3
 
 // health is a circuit breaker: an upstream that fails is left alone until a probe succeeds, so that a
@@ -64,8 +65,8 @@ type health struct {
 
 	mu       sync.Mutex // guards the rest
 	can      *abilities // nil while down
-	known    *abilities // the last that were learned
 	failures int        // in a row
+	failed   time.Time  // the last that counted
 	strikes  int        // how often it went down without a success since
 }
 
@@ -79,14 +80,24 @@ func (h *health) able() (*abilities, error) {
 	return h.can, nil
 }
 
-// report takes the outcome of a call and tells whether the upstream went down with it.
-func (h *health) report(ok bool) (wentDown bool) {
+// report takes the outcome of a call that waited for the upstream since begun, and tells whether the
+// upstream went down with it.
+func (h *health) report(ok bool, begun time.Time) (wentDown bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if ok {
 		h.failures, h.strikes = 0, 0
 		return false
 	}
+	return h.fail(begun)
+}
+
+// fail counts a failure. h.mu must be held.
+func (h *health) fail(begun time.Time) (wentDown bool) {
+	if begun.Before(h.failed) {
+		return false
+	}
+	h.failed = time.Now()
 	select {
 	case h.wake <- struct{}{}:
 	default:
@@ -99,21 +110,22 @@ func (h *health) report(ok bool) (wentDown bool) {
 	return true
 }
 
-// learned takes the outcome of a probe and tells whether the upstream went up or down with it. After
-// a probe one more failure of a call is enough to go down again.
-func (h *health) learned(can *abilities, err error) (changed bool) {
+// learned takes the outcome of a probe and tells whether the upstream went up or down with it. When
+// it was down, one more failure is enough to go down again.
+func (h *health) learned(can *abilities, err error, begun time.Time) (changed bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	was := h.can != nil
-	if err != nil {
-		h.can = nil
+	switch {
+	case err != nil && was:
+		return h.fail(begun)
+	case err != nil:
 		h.strikes++
-		return was
-	}
-	if !was {
+		return false
+	case !was && h.strikes > 0:
 		h.failures = trip - 1
 	}
-	h.can, h.known = can, can
+	h.can = can
 	return !was
 }
 
@@ -122,7 +134,10 @@ func (h *health) pause(cfg Config) time.Duration {
 	const longest = 30 * time.Second
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.can != nil {
+	switch {
+	case h.can != nil && h.failures > 0:
+		return cfg.Probe
+	case h.can != nil:
 		return cfg.Relearn
 	}
 	wait := cfg.Probe << min(max(h.strikes-1, 0), 8)
@@ -135,6 +150,7 @@ const probeBound = 5 * time.Second
 
 // learn asks for the capabilities. It is the probe of the upstream's health as well.
 func (c *Client) learn(ctx context.Context) error {
+	begun := time.Now()
 	bound, cancel := context.WithTimeoutCause(c.outgoing(ctx), min(c.cfg.Stall, probeBound), errStalled)
 	defer cancel()
 	answer, err := c.capabilities.GetCapabilities(bound, &repb.GetCapabilitiesRequest{InstanceName: c.cfg.Endpoint.Instance})
@@ -152,7 +168,7 @@ func (c *Client) learn(ctx context.Context) error {
 		}
 	}
 	switch {
-	case !c.health.learned(can, err):
+	case !c.health.learned(can, err, begun):
 	case err == nil:
 		c.cfg.Log.InfoContext(ctx, "upstream cache is up", "address", c.cfg.Endpoint.Address, "zstd", can.zstd, "action_cache_updates", can.updates)
 	default:
@@ -186,9 +202,9 @@ func (c *Client) Run(ctx context.Context) error {
 	}
 }
 
-// done takes the outcome of a call that has returned err after failure.
-func (c *Client) done(ctx context.Context, err error) error {
-	if ctx.Err() == nil && c.health.report(alive(err)) {
+// done takes the outcome of a call that waited since begun and has returned err after failure.
+func (c *Client) done(ctx context.Context, begun time.Time, err error) error {
+	if ctx.Err() == nil && c.health.report(alive(err), begun) {
 		c.cfg.Log.WarnContext(ctx, "upstream cache is down", "address", c.cfg.Endpoint.Address, "err", err)
 	}
 	return err

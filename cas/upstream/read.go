@@ -142,13 +142,13 @@ func (c *Client) download(ctx context.Context, d digest.Digest, offset int64, ca
 		})
 		if errors.Is(err, io.EOF) {
 			over(nil)
-			_ = c.done(ctx, nil) //nolint:errcheck // it returns what it gets
+			_ = c.done(ctx, dog.begun, nil) //nolint:errcheck // it returns what it gets
 			return nil, io.EOF
 		}
 		if err != nil {
 			failed := failure(ctx, bound, err)
 			over(err)
-			return nil, c.done(ctx, failed)
+			return nil, c.done(ctx, dog.begun, failed)
 		}
 		c.metrics.received.Add(float64(len(data)))
 		return data, nil

@@ -11,6 +11,7 @@ import (
 type watchdog struct {
 	timer *time.Timer
 	bound time.Duration
+	begun time.Time // when the last wait began
 }
 
 // watch returns a context for a stream and its watchdog, which sleeps. The caller ends both with
@@ -27,6 +28,7 @@ func watch(ctx context.Context, bound time.Duration) (_ context.Context, w *watc
 
 // wait calls f, which waits for the upstream.
 func (w *watchdog) wait(f func() error) error {
+	w.begun = time.Now()
 	w.timer.Reset(w.bound)
 	defer w.timer.Stop()
 	return f()

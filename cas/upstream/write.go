@@ -172,10 +172,10 @@ func (c *Client) upload(ctx context.Context, d digest.Digest, r io.Reader, can *
 	}
 	c.count("Write", err)
 	if err != nil {
-		err = c.forbidden(ctx, &c.noBlobs, "blobs", onPut(c.done(ctx, failure(ctx, bound, err))))
+		err = c.forbidden(ctx, &c.noBlobs, "blobs", onPut(c.done(ctx, dog.begun, failure(ctx, bound, err))))
 		return fmt.Errorf("storing %v: %w", d, err)
 	}
-	_ = c.done(ctx, nil) //nolint:errcheck // it returns what it gets
+	_ = c.done(ctx, dog.begun, nil) //nolint:errcheck // it returns what it gets
 	// Servers differ in how they count a compressed upload that came to its end.
 	if committed == d.Size() || committed == -1 || (out.finished && committed == out.offset) {
 		return nil
