@@ -24,6 +24,9 @@ type abilities struct {
 	updates   bool  // of the action cache
 }
 
+// compressor is the form in which ByteStream transfers travel.
+func (a *abilities) compressor() digest.Compressor { return digest.Identity }
+
 // The bytes of the blobs of one batch, whatever more the upstream would take: a message must come
 // through a slow line within the bound on stalls.
 const maxBatch = 1 << 20

@@ -119,6 +119,7 @@ func (c *Client) download(ctx context.Context, d digest.Digest, offset int64, ca
 	if err != nil {
 		return nil, err
 	}
+	name := digest.Read{Digest: there, Compressor: can.compressor()}.String()
 	bound, dog, cancel := watch(c.outgoing(ctx), c.cfg.Stall)
 	var stream bytestream.ByteStream_ReadClient
 	counted := false
@@ -132,7 +133,7 @@ func (c *Client) download(ctx context.Context, d digest.Digest, offset int64, ca
 	receive := func() (data []byte, err error) {
 		err = dog.wait(func() error {
 			if stream == nil {
-				if stream, err = c.bytes.Read(bound, &bytestream.ReadRequest{ResourceName: there.String(), ReadOffset: offset}); err != nil {
+				if stream, err = c.bytes.Read(bound, &bytestream.ReadRequest{ResourceName: name, ReadOffset: offset}); err != nil {
 					return err
 				}
 			}

@@ -148,7 +148,7 @@ func (c *Client) upload(ctx context.Context, d digest.Digest, r io.Reader, can *
 	}
 	defer messages.Put(buffer)
 	out := &outgoing{buffer: (*buffer)[:0], sent: c.metrics.sent.Add}
-	name := uploadName(there, can.zstd)
+	name := digest.Write{Digest: there, Upload: uuid.NewString(), Compressor: can.compressor()}.String()
 	err = dog.wait(func() (err error) {
 		out.stream, err = c.bytes.Write(bound)
 		return err
@@ -181,15 +181,6 @@ func (c *Client) upload(ctx context.Context, d digest.Digest, r io.Reader, can *
 		return nil
 	}
 	return fmt.Errorf("%w: the upstream cache says that it has stored %d bytes of %v", cas.ErrUnavailable, committed, d)
-}
-
-// uploadName is the resource name of a new upload.
-func uploadName(d digest.Digest, _ bool) string {
-	instance := d.Space().Instance()
-	if instance != "" {
-		instance += "/"
-	}
-	return instance + "uploads/" + uuid.NewString() + "/" + d.Blob()
 }
 
 // encode writes all of r to out and finishes that. Its error is that of out, which out.err has as
