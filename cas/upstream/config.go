@@ -147,7 +147,7 @@ func (cfg Config) withDefaults() Config {
 }
 
 // transport returns the credentials of the connections.
-func (cfg Config) transport() (credentials.TransportCredentials, error) {
+func (cfg Config) transport() (credentials.TransportCredentials, error) { //nolint:ireturn // the library has no type for it
 	if !cfg.Endpoint.Secure {
 		if cfg.CA != "" {
 			return nil, errors.New("a certificate authority was given for an upstream without TLS; its address begins with grpcs://")

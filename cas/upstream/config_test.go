@@ -85,7 +85,7 @@ func TestParseHeaders(t *testing.T) {
 }
 
 // authority is a certificate for loopback, and the file that vouches for it.
-func authority(t testing.TB) (credentials.TransportCredentials, string) {
+func authority(t testing.TB) (credentials.TransportCredentials, string) { //nolint:ireturn // the library has no type for it
 	t.Helper()
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	template := &x509.Certificate{

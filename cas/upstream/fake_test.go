@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 // script is a cache that answers as a test says: what no function is set for is UNIMPLEMENTED.
@@ -95,7 +96,7 @@ var errUnset = status.Error(codes.Unimplemented, "the test has no answer")
 func (s *script) GetCapabilities(context.Context, *repb.GetCapabilitiesRequest) (*repb.ServerCapabilities, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return &repb.ServerCapabilities{CacheCapabilities: s.capabilities}, nil
+	return &repb.ServerCapabilities{CacheCapabilities: proto.CloneOf(s.capabilities)}, nil
 }
 
 func (s *script) FindMissingBlobs(_ context.Context, req *repb.FindMissingBlobsRequest) (*repb.FindMissingBlobsResponse, error) {

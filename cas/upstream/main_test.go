@@ -6,7 +6,6 @@ import (
 	"errors"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"strings"
 	"testing"
@@ -180,20 +179,8 @@ func tier(t testing.TB, local cas.Store, client *upstream.Client) *upstream.Tier
 }
 
 func random(n int) []byte {
-	b := make([]byte, n)
-	chacha := rand.NewChaCha8([32]byte(must(io.ReadAll(io.LimitReader(rng{}, 32)))))
-	_, _ = chacha.Read(b)
+	_, b := castest.Blob(space, n)
 	return b
-}
-
-// rng is bytes of the process's own generator.
-type rng struct{}
-
-func (rng) Read(p []byte) (int, error) {
-	for i := range p {
-		p[i] = byte(rand.Uint32())
-	}
-	return len(p), nil
 }
 
 // add stores new random bytes.

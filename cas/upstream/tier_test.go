@@ -155,7 +155,7 @@ func TestSharedFetch(t *testing.T) {
 		}
 	})
 	t.Run("audit 11 evicted as soon as it is stored", func(t *testing.T) {
-		x := start(t, held)
+		x := start(t, held, func(s *upstream.Tier) { s.SetPatience(50 * time.Millisecond) })
 		x.faulty.Plan = func(op castest.Op, _ digest.Digest) castest.Fault { return castest.Fault{Lie: op == castest.OpPut} }
 		d, data := add(t, x.farm.blobs, 3<<20)
 		first := x.open(t, t.Context(), d)
