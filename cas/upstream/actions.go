@@ -233,28 +233,6 @@ func (a *Actions) adopt(ctx context.Context, found *adoption) {
 	a.mu.Unlock()
 }
 
-// promise notes blobs that are on their way, unless there are too many.
-func (t *Tier) promise(ds []digest.Digest) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if len(t.promised)+len(ds) > maxPromised {
-		return false
-	}
-	for _, d := range ds {
-		t.promised[d]++
-	}
-	return true
-}
-
-// kept ends the promise of a blob.
-func (t *Tier) kept(d digest.Digest) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.promised[d]--; t.promised[d] <= 0 {
-		delete(t.promised, d)
-	}
-}
-
 // Put implements actioncache.Results: the result is stored here, and copied to the upstream later.
 func (a *Actions) Put(ctx context.Context, action digest.Digest, result *repb.ActionResult) error {
 	err := a.local.Put(ctx, action, result)

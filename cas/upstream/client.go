@@ -130,7 +130,7 @@ func (c *Client) can(d digest.Digest) (*abilities, error) {
 		return nil, err
 	}
 	if f := d.Space().Function(); !can.functions[f] {
-		return nil, fmt.Errorf("%w: it does not have the digest function %v", ErrRefused, f)
+		return nil, fmt.Errorf("%w %v", errFunction, f)
 	}
 	return can, nil
 }

@@ -288,7 +288,8 @@ func TestCapabilitiesAreLearned(t *testing.T) {
 	data := random(2000)
 	d := space.Of(data)
 	_, err := c.Open(t.Context(), d, 0)
-	wantError(t, "Open in a digest function that it has not", err, upstream.ErrRefused)
+	wantError(t, "Open in a digest function that it has not", err, cas.ErrNotFound)
+	wantError(t, "Put in a digest function that it has not", c.Put(t.Context(), d, bytes.NewReader(data)), upstream.ErrRefused)
 	if missing, err := c.Missing(t.Context(), []digest.Digest{d}); err != nil || len(missing) != 1 {
 		t.Errorf("Missing in a digest function that it has not: %v, %v", missing, err)
 	}

@@ -20,6 +20,7 @@ var (
 	// function, takes no blobs that large, forbids the call or does not know the instance.
 	ErrRefused = fmt.Errorf("%w: the upstream cache refuses", cas.ErrUnavailable)
 
+	errFunction = fmt.Errorf("%w: it does not have the digest function", ErrRefused)
 	// errForbidden is a refusal that repeating will not change.
 	errForbidden = fmt.Errorf("%w what it was asked for", ErrRefused)
 

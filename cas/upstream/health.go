@@ -25,7 +25,12 @@ type abilities struct {
 }
 
 // compressor is the form in which ByteStream transfers travel.
-func (a *abilities) compressor() digest.Compressor { return digest.Identity }
+func (a *abilities) compressor() digest.Compressor {
+	if a.zstd {
+		return digest.Zstd
+	}
+	return digest.Identity
+}
 
 // The bytes of the blobs of one batch, whatever more the upstream would take: a message must come
 // through a slow line within the bound on stalls.

@@ -308,3 +308,13 @@ func TestTierConformance(t *testing.T) {
 		})
 	})
 }
+
+// What a store may have besides, the tier has as well.
+func TestTierOptionalConformance(t *testing.T) {
+	open := func(t testing.TB) cas.Store {
+		t.Helper()
+		return tier(t, newStorage(t).blobs, connect(t, startFarm(t).address))
+	}
+	castest.RunResumer(t, open)
+	castest.RunFrames(t, open)
+}

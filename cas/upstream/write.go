@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -113,7 +114,14 @@ func (c *Client) putBatch(ctx context.Context, blobs []blob) ([]error, error) {
 }
 
 // shrink returns data in the form in which it travels.
-func shrink(data []byte, _ bool) ([]byte, repb.Compressor_Value) {
+func shrink(data []byte, zstd bool) ([]byte, repb.Compressor_Value) {
+	const least = 256 // below it nothing is gained
+	if !zstd || len(data) < least {
+		return data, repb.Compressor_IDENTITY
+	}
+	if shrunk := compress.Append(nil, data); len(shrunk) < len(data)-len(data)/8 {
+		return shrunk, repb.Compressor_ZSTD
+	}
 	return data, repb.Compressor_IDENTITY
 }
 
@@ -155,7 +163,7 @@ func (c *Client) upload(ctx context.Context, d digest.Digest, r io.Reader, can *
 	})
 	out.wait, out.name = dog.wait, name
 	if err == nil {
-		if err := encode(out, r, can.zstd); err != nil && out.err == nil {
+		if err := encode(out, r, can.zstd); err != nil {
 			c.count("Write", context.Canceled)
 			return err
 		}
@@ -183,19 +191,36 @@ func (c *Client) upload(ctx context.Context, d digest.Digest, r io.Reader, can *
 	return fmt.Errorf("%w: the upstream cache says that it has stored %d bytes of %v", cas.ErrUnavailable, committed, d)
 }
 
-// encode writes all of r to out and finishes that. Its error is that of out, which out.err has as
-// well, or that of r as it is.
-func encode(out *outgoing, r io.Reader, _ bool) error {
+// encode writes all of r to out and finishes that, unless out fails, which out.err tells. Its error is
+// that of r as it is.
+func encode(out *outgoing, r io.Reader, zstd bool) error {
 	buffer, ok := copies.Get().(*[]byte)
 	if !ok {
 		fresh := make([]byte, copyBytes)
 		buffer = &fresh
 	}
 	defer copies.Put(buffer)
-	if _, err := io.CopyBuffer(struct{ io.Writer }{out}, r, *buffer); err != nil {
-		return err
+	if !zstd {
+		if _, err := io.CopyBuffer(struct{ io.Writer }{out}, r, *buffer); out.err == nil && err != nil {
+			return err
+		}
+		out.finish()
+		return nil
 	}
-	return out.finish()
+	encoder := compress.NewWriter(out)
+	_, err := io.CopyBuffer(struct{ io.Writer }{encoder}, r, *buffer)
+	failed := out.err == nil && err != nil // it was r
+	// Closing gives the encoder back, whatever happened, and writes the end of the frame: an error of
+	// that is an error of the transfer (audit row 1).
+	end := encoder.Close()
+	switch {
+	case failed:
+		return err
+	case end != nil && out.err == nil:
+		out.err = end
+	}
+	out.finish()
+	return nil
 }
 
 const (
@@ -239,8 +264,8 @@ func (w *outgoing) Write(p []byte) (int, error) {
 	return written, nil
 }
 
-// finish sends what is left, and that it is the last.
-func (w *outgoing) finish() error { return w.send(true) }
+// finish sends what is left, and that it is the last, unless an error came before.
+func (w *outgoing) finish() { _ = w.send(true) } //nolint:errcheck // w.err has it
 
 func (w *outgoing) send(last bool) error {
 	if w.err != nil {
