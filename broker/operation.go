@@ -49,6 +49,9 @@ type Operation struct {
 	Queued   time.Time
 	Updated  time.Time
 	Platform Platform
+	// Pool and Lane say where the operation waits or waited.
+	Pool     string
+	Lane     int
 	Priority int32
 	// Invocation is the client's tool_invocation_id, as it was sent.
 	Invocation string
@@ -156,7 +159,7 @@ func (r *record) snapshot(revision uint64) (*Operation, error) {
 	}
 	return &Operation{
 		Name: r.Operation, Action: action, Stage: r.Stage, Attempt: r.Attempt, Worker: r.Worker,
-		Queued: r.Queued, Updated: r.Updated, Platform: r.Platform, Priority: r.Priority,
+		Queued: r.Queued, Updated: r.Updated, Platform: r.Platform, Pool: r.Pool, Lane: r.Lane, Priority: r.Priority,
 		Invocation: r.Invocation, Note: r.Note, Response: r.response, ResponseBlob: blob, Revision: revision,
 	}, nil
 }

@@ -27,6 +27,7 @@ type Queue struct {
 	mu       sync.Mutex
 	leases   map[*Lease]struct{} // guarded by mu
 	draining bool                // guarded by mu
+	turned   chan struct{}       // guarded by mu; closed and replaced when draining changes
 
 	sub *nats.Subscription // guarded by mu; of the inbox
 
@@ -53,17 +54,18 @@ const fair = 8
 // Queue returns the queue as the worker self sees it. Its name must be a valid subject token.
 func (c *Client) Queue(self WorkerInfo) *Queue {
 	self.Incarnation, self.Started = newName(), time.Now().UTC()
-	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}, bound: pullBound}
+	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}, turned: make(chan struct{}), bound: pullBound}
 	q.bells = bells{q: q, rung: make(chan *nats.Msg, bellBuffer)}
 	return q
 }
 
-// Run renews the leases and the registration until ctx ends, and then removes the registration. It
-// must go on until the last lease is settled or returned.
+// Run renews the leases and the registration, and does what operators ask, until ctx ends; then it
+// removes the registration. It must go on until the last lease is settled or returned.
 func (q *Queue) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return q.every(ctx, q.c.ackWait/3, q.renew) })
 	group.Go(func() error { return q.every(ctx, workerBeat, q.register) })
+	group.Go(func() error { return q.obey(ctx) })
 	err := group.Wait()
 	q.closeInbox(ctx)
 	gone, cancel := detach(ctx, requestTimeout)
@@ -99,11 +101,17 @@ func (q *Queue) every(ctx context.Context, interval time.Duration, do func(conte
 	}
 }
 
-func (q *Queue) register(ctx context.Context) {
+// info is what this worker says of itself.
+func (q *Queue) info() WorkerInfo {
 	q.mu.Lock()
+	defer q.mu.Unlock()
 	info := q.self
 	info.Busy, info.Draining = len(q.leases), q.draining
-	q.mu.Unlock()
+	return info
+}
+
+func (q *Queue) register(ctx context.Context) {
+	info := q.info()
 	value, err := json.Marshal(info)
 	if err == nil {
 		ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
@@ -134,7 +142,17 @@ func (q *Queue) renew(ctx context.Context) {
 // unreachable broker is no error: Next waits. It must not be called by two goroutines at once.
 func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 	for {
-		lease, err := q.look(ctx)
+		takes, turned := q.takesJobs()
+		if !takes {
+			q.bells.stop(ctx)
+			select {
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			case <-turned:
+			}
+			continue
+		}
+		lease, err := q.look(ctx, turned)
 		switch {
 		case ctx.Err() != nil:
 			q.bells.stop(ctx)
@@ -156,8 +174,9 @@ func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 	}
 }
 
-// look asks every lane for a job and then sleeps until there is a reason to look again.
-func (q *Queue) look(ctx context.Context) (*Lease, error) {
+// look asks every lane for a job and then sleeps until there is a reason to look again, or turned is
+// closed.
+func (q *Queue) look(ctx context.Context, turned <-chan struct{}) (*Lease, error) {
 	pools, changed := q.c.view.serves(q.self.Platform)
 	lease, err := q.sweep(ctx, pools)
 	if lease != nil || err != nil || ctx.Err() != nil {
@@ -166,11 +185,11 @@ func (q *Queue) look(ctx context.Context) (*Lease, error) {
 	if q.bells.listen(ctx, pools) {
 		return nil, nil //nolint:nilnil // a job may have come before the bell was heard
 	}
-	return q.idle(ctx, changed)
+	return q.idle(ctx, changed, turned)
 }
 
 // idle waits for a reason to look for a job again. A bell says where to look first.
-func (q *Queue) idle(ctx context.Context, changed <-chan struct{}) (*Lease, error) {
+func (q *Queue) idle(ctx context.Context, changed, turned <-chan struct{}) (*Lease, error) {
 	timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep)) //nolint:gosec // jitter needs no secrecy
 	defer timer.Stop()
 	select {
@@ -178,6 +197,7 @@ func (q *Queue) idle(ctx context.Context, changed <-chan struct{}) (*Lease, erro
 		return q.pull(ctx, string(bell.Data))
 	case <-ctx.Done():
 	case <-changed:
+	case <-turned:
 	case <-timer.C:
 	}
 	return nil, nil //nolint:nilnil // no job and no error sends Next into another sweep

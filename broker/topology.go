@@ -23,6 +23,7 @@ const (
 	jobSubject       = "jetfarm.job."
 	flightSubject    = "jetfarm.flight."
 	bellSubject      = "jetfarm.bell."
+	workerSubject    = "jetfarm.worker."
 )
 
 const (
@@ -107,16 +108,10 @@ func (c *Client) open(ctx context.Context) error {
 			return fmt.Errorf("stream %s: %w", cfg.Name, err)
 		}
 	}
+	if err := c.bind(ctx); err != nil {
+		return err
+	}
 	var err error
-	if c.operations, err = c.js.Stream(ctx, operationsStream); err != nil {
-		return fmt.Errorf("stream %s: %w", operationsStream, err)
-	}
-	if c.jobs, err = c.js.Stream(ctx, jobsStream); err != nil {
-		return fmt.Errorf("stream %s: %w", jobsStream, err)
-	}
-	if c.flights, err = c.js.Stream(ctx, flightsStream); err != nil {
-		return fmt.Errorf("stream %s: %w", flightsStream, err)
-	}
 	c.pools, err = c.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{Bucket: poolsBucket, Replicas: c.replicas})
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", poolsBucket, err)
@@ -128,6 +123,63 @@ func (c *Client) open(ctx context.Context) error {
 		return fmt.Errorf("bucket %s: %w", workersBucket, err)
 	}
 	return c.ensureConsumers(ctx, defaultPool)
+}
+
+// bind gets the streams that are there.
+func (c *Client) bind(ctx context.Context) error {
+	for name, stream := range map[string]*jetstream.Stream{
+		operationsStream: &c.operations, jobsStream: &c.jobs, flightsStream: &c.flights,
+	} {
+		var err error
+		if *stream, err = c.js.Stream(ctx, name); err != nil {
+			return fmt.Errorf("stream %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// ErrNoFarm reports a NATS server that no farm has used.
+var ErrNoFarm = errors.New("there is no jetfarm farm on this NATS server")
+
+// Attach is Open for an operator: it makes and changes nothing, and reads the registries once, so that
+// Run is not needed. The error wraps ErrNoFarm or ErrUnavailable.
+func (c *Client) Attach(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*requestTimeout, ErrUnavailable)
+	defer cancel()
+	err := c.bind(ctx)
+	if err == nil {
+		c.pools, err = c.js.KeyValue(ctx, poolsBucket)
+	}
+	if err == nil {
+		c.registry, err = c.js.KeyValue(ctx, workersBucket)
+	}
+	switch {
+	case errors.Is(err, jetstream.ErrStreamNotFound), errors.Is(err, jetstream.ErrBucketNotFound):
+		return fmt.Errorf("%w: %w", ErrNoFarm, err)
+	case err != nil:
+		return unavailable(cause(ctx, err))
+	}
+	return errors.Join(readAll(ctx, c.registry, c.view.sawWorker), readAll(ctx, c.pools, c.view.sawPool))
+}
+
+// readAll hands each entry of a bucket to see.
+func readAll(ctx context.Context, kv jetstream.KeyValue, see func(jetstream.KeyValueEntry)) error {
+	watcher, err := kv.WatchAll(ctx)
+	if err != nil {
+		return unavailable(cause(ctx, err))
+	}
+	defer watcher.Stop() //nolint:errcheck // the watch is over, whatever the server answers
+	for {
+		select {
+		case <-ctx.Done():
+			return unavailable(context.Cause(ctx))
+		case entry, ok := <-watcher.Updates():
+			if !ok || entry == nil { // what follows are changes
+				return nil
+			}
+			see(entry)
+		}
+	}
 }
 
 // keepReplicas makes a client that was not told a number of replicas keep the one that is in force.

@@ -45,6 +45,27 @@ func (f *Farm) start(t testing.TB) {
 // URL is where other processes and real TCP connections reach the server.
 func (f *Farm) URL() string { return f.Server.URL() }
 
+// Log is where the farm's parts of this test log to.
+func (f *Farm) Log() *slog.Logger { return f.log }
+
+// Streams returns the names of the streams that there are.
+func (f *Farm) Streams(t testing.TB) []string {
+	t.Helper()
+	js, err := jetstream.New(f.Connect(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	lister := js.StreamNames(t.Context())
+	for name := range lister.Name() {
+		names = append(names, name)
+	}
+	if err := lister.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return names
+}
+
 // Restart stops the server and starts it again on its files and its port.
 func (f *Farm) Restart(t testing.TB) {
 	t.Helper()

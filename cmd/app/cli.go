@@ -26,6 +26,9 @@ type CLI struct {
 	CAS      CAS      `cmd:"" name:"cas" help:"Look into the blobs of a running farm, put, get, list and verify them."`
 	Doctor   Doctor   `cmd:"" help:"Check this machine and a running farm, and say what to fix."`
 	Bazelrc  Bazelrc  `cmd:"" help:"Print the .bazelrc lines that make Bazel use this farm."`
+	Status   Status   `cmd:"" help:"Tell what waits and what runs in a farm, and why."`
+	Ops      Ops      `cmd:"" help:"List, show and cancel operations."`
+	Workers  Workers  `cmd:"" help:"List, drain and undrain workers."`
 	Probe    Probe    `cmd:"" help:"Ask a role whether it is ready; for health checks in containers."`
 	Version  Version  `cmd:"" help:"Print the version."`
 }

@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -15,8 +16,10 @@ type Probe struct {
 	Timeout time.Duration `help:"How long to wait for the answer." default:"3s"`
 }
 
+var errNoAnswer = errors.New("no answer within --timeout")
+
 func (c *Probe) run(ctx context.Context, p *process) error {
-	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, c.Timeout, errNoAnswer)
 	defer cancel()
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL, nil)
 	if err != nil {
@@ -26,7 +29,7 @@ func (c *Probe) run(ctx context.Context, p *process) error {
 	if err != nil {
 		return fmt.Errorf("probe: %w", err)
 	}
-	defer response.Body.Close()
+	defer response.Body.Close() //nolint:errcheck // it was only read
 	const most = 4 << 10
 	text, err := io.ReadAll(io.LimitReader(response.Body, most))
 	if err != nil {

@@ -1,0 +1,146 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// PoolInfo is what an operator sees of a pool.
+type PoolInfo struct {
+	Name     string   `json:"name"`
+	Platform Platform `json:"platform"`
+	// Waiting and Running count jobs by lane, the soonest first.
+	Waiting []int `json:"waiting"`
+	Running []int `json:"running"`
+	// Workers serve the pool and take jobs; Slots and Busy are theirs together.
+	Workers int `json:"workers"`
+	Slots   int `json:"slots"`
+	Busy    int `json:"busy"`
+}
+
+// Pools returns the pools of the farm in the order of their names.
+func (c *Client) Pools(ctx context.Context) ([]PoolInfo, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, 2*requestTimeout, ErrUnavailable)
+	defer cancel()
+	c.view.mu.Lock()
+	infos := make([]PoolInfo, 0, len(c.view.pools))
+	for name, platform := range c.view.pools {
+		infos = append(infos, PoolInfo{Name: name, Platform: platform, Waiting: make([]int, lanes), Running: make([]int, lanes)})
+	}
+	c.view.mu.Unlock()
+	slices.SortFunc(infos, func(a, b PoolInfo) int { return cmp.Compare(a.Name, b.Name) })
+	for i := range infos {
+		info := &infos[i]
+		for lane := range lanes {
+			consumer, err := c.jobs.Consumer(ctx, consumerName(info.Name, lane))
+			if errors.Is(err, jetstream.ErrConsumerNotFound) {
+				continue // a pool that is being made
+			}
+			if err != nil {
+				return nil, unavailable(cause(ctx, err))
+			}
+			state := consumer.CachedInfo()
+			info.Waiting[lane], info.Running[lane] = int(state.NumPending), state.NumAckPending //nolint:gosec // bounded by the queue
+		}
+		for _, w := range c.view.serving(info.Platform) {
+			info.Workers, info.Slots, info.Busy = info.Workers+1, info.Slots+w.Slots, info.Busy+w.Busy
+		}
+	}
+	return infos, nil
+}
+
+// Active returns up to limit operations that wait or run, in the order in which they came, and whether
+// there are more. Its cost depends on limit alone.
+func (c *Client) Active(ctx context.Context, limit int) (ops []*Operation, more bool, err error) {
+	for sequence := uint64(1); ; {
+		if len(ops) == limit {
+			return ops, true, nil
+		}
+		job, err := c.jobAfter(ctx, sequence)
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			return ops, false, nil
+		}
+		if err != nil {
+			return nil, false, err
+		}
+		sequence = job.Sequence + 1
+		op, err := c.Get(ctx, job.Subject[strings.LastIndexByte(job.Subject, '.')+1:])
+		switch {
+		case errors.Is(err, ErrNotFound): // deleted, or not yet recorded
+		case err != nil:
+			return nil, false, err
+		case !op.Done():
+			ops = append(ops, op)
+		}
+	}
+}
+
+func (c *Client) jobAfter(ctx context.Context, sequence uint64) (*jetstream.RawStreamMsg, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
+	defer cancel()
+	msg, err := c.jobs.GetMsg(ctx, sequence, jetstream.WithGetMsgSubject(jobSubject+"*.*.*"))
+	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+		return nil, unavailable(cause(ctx, err))
+	}
+	return msg, err
+}
+
+// Why says in a sentence why an operation is where it is, and how many are before it in its lane if
+// that is known and not negative.
+func (c *Client) Why(op *Operation, before int) string {
+	switch {
+	case op.Done():
+		return op.Note
+	case op.Stage == repb.ExecutionStage_EXECUTING:
+		if op.Attempt > 1 {
+			return fmt.Sprintf("runs on %s, attempt %d", op.Worker, op.Attempt)
+		}
+		return "runs on " + op.Worker
+	}
+	text := c.whyWaits(op, before)
+	if op.Note != "" {
+		return op.Note + "; " + text
+	}
+	return text
+}
+
+func (c *Client) whyWaits(op *Operation, before int) string {
+	if len(c.view.live()) == 0 {
+		return "waits for a worker; there is none"
+	}
+	if err := c.view.servable(op.Platform); err != nil {
+		return err.Error()
+	}
+	workers := c.view.serving(op.Platform)
+	if len(workers) == 0 {
+		return "every worker that could run it is draining"
+	}
+	slots, busy := 0, 0
+	for _, w := range workers {
+		slots, busy = slots+w.Slots, busy+w.Busy
+	}
+	text := fmt.Sprintf("%d of %d slots that could run it are busy", min(busy, slots), slots)
+	switch {
+	case before == 1:
+		text += "; one operation is before it in its lane"
+	case before > 1:
+		text += fmt.Sprintf("; %d operations are before it in its lane", before)
+	}
+	return text
+}
+
+// serving returns the live workers that take jobs of a platform.
+func (v *view) serving(p Platform) []WorkerInfo {
+	workers := v.live()
+	declared := declaredBy(workers)
+	return slices.DeleteFunc(workers, func(w WorkerInfo) bool {
+		return w.Draining || len(w.Platform.missing(p, declared)) > 0
+	})
+}
