@@ -25,6 +25,7 @@ func TestOperatorsSeeTheQueue(t *testing.T) {
 	urgent := submit(t, c, broker.Request{Action: action(3), Priority: -1})
 	l := begin(t, q)
 
+	eventually(t, "registration of the worker", func() bool { return len(c.Workers()) == 1 })
 	viewer := attach(t, farm)
 	ops, more, err := viewer.Active(t.Context(), 10)
 	if err != nil || more || len(ops) != 3 || ops[0].Name != first || ops[1].Name != second || ops[2].Name != urgent {
