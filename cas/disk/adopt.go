@@ -32,7 +32,7 @@ func (t *Tier) Adopt(ctx context.Context, d digest.Digest, executable bool, f *o
 	}
 	t.mu.Lock()
 	k := t.keyOf(d, executable)
-	held := t.holds(d, executable)
+	held := t.fresh(d, executable)
 	t.mu.Unlock()
 	if held {
 		return nil

@@ -54,3 +54,15 @@ func (t *Tier) Used() int64 {
 	defer t.mu.Unlock()
 	return t.index.used
 }
+
+// BreakFiles makes the file system fail for every fetch that goes on.
+func (t *Tier) BreakFiles() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.flights {
+		f.file.Close()
+	}
+}
+
+// Smallest is the size above which a read makes files.
+const Smallest = smallest

@@ -3,11 +3,10 @@ package disk
 import (
 	"context"
 	"errors"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
@@ -21,59 +20,18 @@ func mode(executable bool) os.FileMode {
 	return 0o444
 }
 
-// fetch completes the flight's file from the source and makes it the variant k.
-func (t *Tier) fetch(ctx context.Context, f *flight, k key, d digest.Digest) (entry, error) {
-	if f.part != nil && f.part.torn {
-		f.part.discard(ctx, t)
-		f.part = nil
-	}
-	if f.part == nil {
-		part, err := t.begin(ctx, d)
-		if err != nil {
-			return entry{}, err
-		}
-		f.part = part
-	}
-	if err := t.download(ctx, f.part, d); err != nil {
-		if ctx.Err() == nil {
-			f.part.discard(ctx, t)
-			f.part = nil
-		}
-		return entry{}, err
-	}
-	part := f.part
-	f.part = nil
-	return t.seal(ctx, part, k)
-}
-
-// download appends what is missing and verifies the whole.
+// download fetches the whole blob and verifies it.
 func (t *Tier) download(ctx context.Context, p *partial, d digest.Digest) error {
-	from := p.seen.Size()
-	r, err := t.source.Open(ctx, d, from)
+	r, err := t.source.Open(ctx, d, 0)
 	if err != nil {
 		return err
 	}
 	_, err = io.Copy(p, r)
-	t.metrics.fetched.Add(float64(p.seen.Size() - from))
+	t.metrics.fetched.Add(float64(p.seen.Size()))
 	if err := errors.Join(err, r.Close()); err != nil {
 		return err
 	}
 	return p.seen.Verdict()
-}
-
-// seal turns a whole and verified partial into a cached file. The partial is used up.
-func (t *Tier) seal(ctx context.Context, p *partial, k key) (entry, error) {
-	e := entry{key: k, size: p.size, generation: t.generations.Add(1)}
-	err := p.file.Chmod(mode(k.executable))
-	if err == nil {
-		err = os.Rename(p.file.Name(), t.path(e))
-	}
-	if err != nil {
-		p.discard(ctx, t)
-		return entry{}, err
-	}
-	t.insert(ctx, e)
-	return e, p.file.Close()
 }
 
 // convert makes the variant k from what the tier holds: the same variant from before the last boot
@@ -108,10 +66,16 @@ func (t *Tier) convert(ctx context.Context, k key, d digest.Digest) (entry, bool
 // check hashes a file from before the last boot and gives it a generation of this one, or drops it.
 func (t *Tier) check(ctx context.Context, old entry, d digest.Digest) (entry, bool) {
 	seen := cas.NewVerifier(d)
-	if !t.replay(ctx, old, seen, seen) {
+	sum := crc32.New(castagnoli())
+	if !t.replay(ctx, old, io.MultiWriter(seen, sum), seen) {
 		return entry{}, false
 	}
-	e := entry{key: old.key, size: old.size, generation: t.generations.Add(1)}
+	return t.renew(ctx, old, sum.Sum32())
+}
+
+// renew gives a file that was found to be right a generation of this boot, and its sum.
+func (t *Tier) renew(ctx context.Context, old entry, sum uint32) (entry, bool) {
+	e := entry{key: old.key, size: old.size, generation: t.generations.Add(1), sum: sum, summed: true}
 	if os.Rename(t.path(old), t.path(e)) != nil {
 		t.drop(ctx, old)
 		return entry{}, false
@@ -133,7 +97,7 @@ func (t *Tier) replay(ctx context.Context, e entry, w io.Writer, seen *cas.Verif
 	if err == nil {
 		err = seen.Verdict()
 	}
-	if err == nil || ctx.Err() != nil || isFull(err) {
+	if err == nil || ctx.Err() != nil || isLocal(err) {
 		return err == nil
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -159,5 +123,3 @@ func copyAll(ctx context.Context, w io.Writer, r io.Reader) error {
 		}
 	}
 }
-
-func isFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }

@@ -22,6 +22,8 @@ type entry struct {
 	key        key
 	size       int64
 	generation uint64
+	sum        uint32 // the CRC-32C of the content, if summed
+	summed     bool
 }
 
 // cost is the space that a blob takes on the disk.

@@ -50,14 +50,14 @@ func (t *Tier) Copy(ctx context.Context, d digest.Digest, executable bool, dst s
 func (t *Tier) variant(d digest.Digest, preferred bool) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.holds(d, preferred) || !t.holds(d, !preferred) {
+	if t.fresh(d, preferred) || !t.fresh(d, !preferred) {
 		return preferred
 	}
 	return !preferred
 }
 
-// holds reports whether there is a file that can be used at once; t.mu must be held.
-func (t *Tier) holds(d digest.Digest, executable bool) bool {
+// fresh reports whether there is a file that can be used at once; t.mu must be held.
+func (t *Tier) fresh(d digest.Digest, executable bool) bool {
 	e, ok := t.index.get(t.keyOf(d, executable))
 	return ok && e.size == d.Size() && e.generation >= t.trusted
 }
@@ -67,7 +67,6 @@ func (t *Tier) holds(d digest.Digest, executable bool) bool {
 // is larger than the tier, or that is evicted again and again before its use, gets a file for this
 // call only.
 func (t *Tier) with(ctx context.Context, d digest.Digest, executable bool, use func(path string) error) error {
-	const attempts = 5
 	if d.IsImpossible() {
 		return fmt.Errorf("%w: %v", cas.ErrNotFound, d)
 	}
@@ -86,7 +85,7 @@ func (t *Tier) with(ctx context.Context, d digest.Digest, executable bool, use f
 		err = use(path)
 		switch {
 		case errors.Is(err, unix.EMLINK):
-			if err := t.renew(ctx, e, d); err != nil {
+			if err := t.recreate(ctx, e, d); err != nil {
 				return err
 			}
 		case errors.Is(err, fs.ErrNotExist) && gone(path):
@@ -103,8 +102,8 @@ func gone(path string) bool {
 	return errors.Is(err, fs.ErrNotExist)
 }
 
-// renew replaces a file that can have no more links by a copy.
-func (t *Tier) renew(ctx context.Context, e entry, d digest.Digest) error {
+// recreate replaces a file that can have no more links by a copy.
+func (t *Tier) recreate(ctx context.Context, e entry, d digest.Digest) error {
 	part, err := t.begin(ctx, d)
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package disk
 
 import (
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"strconv"
 	"strings"
@@ -28,7 +29,8 @@ const shards = 256
 
 func shard(i byte) string { return hex.EncodeToString([]byte{i}) }
 
-// fileName is `<2 hex>/<space>-<hash>-<size>[x].<generation>`, a path relative to cas.
+// fileName is `<2 hex>/<space>-<hash>-<size>[x][.<sum>].<generation>`, a path relative to cas. The sum
+// is eight hex digits, and left out of files whose sum nobody has computed.
 func fileName(space string, e entry) string {
 	b := make([]byte, 0, 3+len(space)+1+2*len(e.key.hash)+44)
 	b = hex.AppendEncode(b, e.key.hash[:1])
@@ -41,6 +43,10 @@ func fileName(space string, e entry) string {
 	if e.key.executable {
 		b = append(b, 'x')
 	}
+	if e.summed {
+		b = append(b, '.')
+		b = hex.AppendEncode(b, binary.BigEndian.AppendUint32(nil, e.sum))
+	}
 	b = append(b, '.')
 	b = strconv.AppendUint(b, e.generation, 10)
 	return string(b)
@@ -52,20 +58,26 @@ func parseName(name string) (space string, e entry, ok bool) {
 	if !ok {
 		return "", entry{}, false
 	}
-	rest, e.key.executable = strings.CutSuffix(rest, "x")
 	rest, size, ok := cutLast(rest, '-')
 	if !ok {
 		return "", entry{}, false
 	}
+	size, sum, summed := strings.Cut(size, ".")
+	size, e.key.executable = strings.CutSuffix(size, "x")
 	space, hash, ok := cutLast(rest, '-')
 	if !ok || len(hash) != 2*len(e.key.hash) || space == "" {
 		return "", entry{}, false
 	}
-	var errs [3]error
+	var errs [4]error
 	_, errs[0] = hex.Decode(e.key.hash[:], []byte(hash))
 	e.size, errs[1] = strconv.ParseInt(size, 10, 64)
 	e.generation, errs[2] = strconv.ParseUint(generation, 10, 64)
-	if errs != [3]error{} || e.size <= 0 {
+	if summed {
+		var v uint64
+		v, errs[3] = strconv.ParseUint(sum, 16, 32)
+		e.sum, e.summed = uint32(v), true
+	}
+	if errs != [4]error{} || e.size <= 0 {
 		return "", entry{}, false
 	}
 	return space, e, fileName(space, e)[3:] == name

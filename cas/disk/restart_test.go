@@ -3,9 +3,11 @@ package disk_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -137,25 +139,82 @@ func TestFilesFromBeforeABootAreChecked(t *testing.T) {
 	}
 }
 
-// TestDamagedFile: what is read from a damaged file is an error and then repaired.
+// TestDamagedFile: what is read from a damaged file is an error, or is not read from it, and then
+// repaired. Nobody gets all the bytes of a damaged file.
 func TestDamagedFile(t *testing.T) {
-	for name, content := range map[string][]byte{"short": {1, 2, 3}, "wrong": bytes.Repeat([]byte{1}, 10000), "long": make([]byte, 10001)} {
-		t.Run(name, func(t *testing.T) {
-			x := start(t, 64<<20)
-			d, data := x.blob(t, 10000)
-			x.link(t, d, true, data)
-			file := x.files()[0]
-			if err := errors.Join(os.Chmod(file, 0o600), os.WriteFile(file, content, 0o600)); err != nil {
-				t.Fatal(err)
-			}
-			if _, err := cas.ReadAll(t.Context(), x, d, 1<<20); !errors.Is(err, cas.ErrMismatch) {
-				t.Errorf("reading a damaged file: error %v, want ErrMismatch", err)
-			}
-			got, err := cas.ReadAll(t.Context(), x, d, 1<<20)
-			if err != nil || !bytes.Equal(got, data) {
-				t.Errorf("reading after the damage was found: error %v", err)
-			}
-			x.wantSound(t)
-		})
+	const size = 2<<20 + 100
+	flip := func(at int) func([]byte) []byte {
+		return func(b []byte) []byte { b[at] ^= 0x40; return b }
 	}
+	for name, damage := range map[string]func([]byte) []byte{
+		"short":              func(b []byte) []byte { return b[:3] },
+		"empty":              func([]byte) []byte { return nil },
+		"long":               func(b []byte) []byte { return append(b, 0) },
+		"wrong":              func([]byte) []byte { return bytes.Repeat([]byte{1}, size) },
+		"RD-13 first byte":   flip(0),
+		"RD-13 in between":   flip(1<<20 + 1),
+		"RD-13 last byte":    flip(size - 1),
+		"RD-13 last message": flip(2<<20 + 1),
+	} {
+		for _, kind := range []string{"summed", "adopted", "before a boot"} {
+			t.Run(name+" "+kind, func(t *testing.T) {
+				x := start(t, 64<<20)
+				d, data := x.blob(t, size)
+				if kind == "adopted" {
+					if err := adopt(t.Context(), x, d, data, x.dst()); err != nil {
+						t.Fatal(err)
+					}
+				} else {
+					x.link(t, d, true, data)
+				}
+				file := x.files()[0]
+				if err := errors.Join(os.Chmod(file, 0o600), os.WriteFile(file, damage(bytes.Clone(data)), 0o600)); err != nil {
+					t.Fatal(err)
+				}
+				if kind == "before a boot" {
+					x.reboot(t, func(string) {})
+				}
+				r := x.openAt(t.Context(), t, d, 0)
+				var got bytes.Buffer
+				_, err := io.Copy(&got, r)
+				r.Close()
+				switch {
+				case err == nil && !bytes.Equal(got.Bytes(), data):
+					t.Error("wrong bytes and no error")
+				case err != nil && !errors.Is(err, cas.ErrMismatch):
+					t.Errorf("error %v", err)
+				case err != nil && got.Len() >= size:
+					t.Error("all bytes of a damaged file")
+				}
+				x.read(t, d, 0, data)
+				x.wantSound(t)
+			})
+		}
+	}
+}
+
+// TestSumsAreLearned: a file without a sum gets one from the first reader that has hashed it. So do
+// files of versions that knew no sums.
+func TestSumsAreLearned(t *testing.T) {
+	x := start(t, 64<<20)
+	d, data := x.blob(t, 2<<20)
+	if err := adopt(t.Context(), x, d, data, x.dst()); err != nil {
+		t.Fatal(err)
+	}
+	old := x.files()[0]
+	x.reopen(t, 64<<20)
+	x.read(t, d, 0, data)
+	learned := x.files()
+	if len(learned) != 1 || strings.Count(learned[0], ".") != strings.Count(old, ".")+1 {
+		t.Errorf("%q became %q", old, learned)
+	}
+	x.wantSound(t)
+	x.reopen(t, 64<<20)
+	x.read(t, d, 0, data)
+	if again := x.files(); !slices.Equal(again, learned) {
+		t.Errorf("%q became %q", learned, again)
+	}
+	x.link(t, d, false, data)
+	x.wantOpens(t, 0)
+	x.wantSound(t)
 }

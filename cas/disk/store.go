@@ -4,19 +4,27 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
-	"os"
+	"io/fs"
 
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
-// fillLimit is up to which size a blob that is read is fetched into the tier. A larger one is
-// passed through, so that its reader has the first bytes at once.
-const fillLimit = 1 << 20
+const (
+	// smallest is the size below which a blob that is read is not made a file of: that costs more than
+	// to read it from the source a few times, and cas/memory holds it.
+	smallest = 64 << 10
+	// share is the part of the tier that a blob may take to be fetched by a read, and that all such
+	// fetches may take together: 1/8 and 1/2.
+	share, shareOfAll = 8, 2
+	// attempts is how often a file may vanish before its use.
+	attempts = 5
+)
 
-// Open implements cas.Store.
+// Open implements cas.Store. A blob that is not held is fetched into the tier by whoever reads it from
+// the start, and read by all who want it while that goes on. A part of a blob, a blob that would take
+// too much of the tier and one that is not worth a file come from the source.
 func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
@@ -24,36 +32,74 @@ func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.Read
 	if d.IsEmpty() {
 		return io.NopCloser(bytes.NewReader(nil)), nil
 	}
-	executable := t.variant(d, false)
-	t.mu.Lock()
-	held := t.holds(d, executable)
-	t.mu.Unlock()
-	if !held && (d.Size() > fillLimit || d.IsImpossible()) {
-		return t.source.Open(ctx, d, offset)
+	for range attempts {
+		e, f, k := t.find(d, offset)
+		var r io.ReadCloser
+		var err error
+		switch {
+		case f != nil:
+			r, err = t.follow(ctx, f, k, d)
+		case e.size != 0:
+			r, err = t.openFile(ctx, e, d, offset)
+		default:
+			return t.source.Open(ctx, d, offset)
+		}
+		switch {
+		case err == nil:
+			return r, nil
+		case f != nil && errors.Is(err, errElsewhere):
+		case f != nil && !isLocal(err):
+			return nil, err
+		case f == nil && errors.Is(err, fs.ErrNotExist):
+			t.drop(ctx, e)
+		default:
+			t.log.WarnContext(ctx, "the disk tier gives way to its source", "blob", d, "err", err)
+			t.metrics.gaveWay.Inc()
+			return t.source.Open(ctx, d, offset)
+		}
 	}
-	var f *os.File
-	err := t.with(ctx, d, executable, func(path string) (err error) {
-		f, err = os.Open(path)
-		return err
-	})
-	if err != nil {
+	return t.source.Open(ctx, d, offset)
+}
+
+// find returns the entry to read from or a flight with the caller in it, or neither.
+func (t *Tier) find(d digest.Digest, offset int64) (entry, *flight, key) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	plain := t.keyOf(d, false)
+	executable := plain
+	executable.executable = true
+	for _, fresh := range []bool{true, offset != 0} { // A file from before the last boot is hashed: read from its start.
+		for _, k := range []key{plain, executable} {
+			if e, ok := t.index.get(k); ok && e.size == d.Size() && (e.generation >= t.trusted || !fresh) {
+				t.index.use(k)
+				t.metrics.hits.Inc()
+				return e, nil, k
+			}
+		}
+	}
+	if offset != 0 || d.IsImpossible() || d.Size() <= smallest || cost(d.Size()) > t.max/share {
+		return entry{}, nil, plain
+	}
+	if t.flights[plain] == nil && t.reserved+cost(d.Size()) > t.max/shareOfAll {
+		return entry{}, nil, plain
+	}
+	return entry{}, t.join(plain), plain
+}
+
+// follow returns a reader of a blob that is being fetched. It has left the flight when it fails.
+func (t *Tier) follow(ctx context.Context, f *flight, k key, d digest.Digest) (io.ReadCloser, error) {
+	s := t.newStream(ctx, f, k, d)
+	if err := s.prime(ctx); err != nil {
+		s.leave()
 		return nil, err
 	}
-	if _, err := f.Seek(offset, io.SeekStart); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return t.reader(ctx, f, d, offset), nil
+	return s, nil
 }
 
-// Put implements cas.Store.
+// Put implements cas.Store. What is written is not held: most of it is never read, and then its first
+// reader pays for the file, not its writer.
 func (t *Tier) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
 	return t.source.Put(ctx, d, r)
-}
-
-// PutBatch implements cas.BatchPutter.
-func (t *Tier) PutBatch(ctx context.Context, ds []digest.Digest, data [][]byte) []error {
-	const width = 32 // for a source that takes no batches
-	return cas.PutBatch(ctx, t.source, width, ds, data)
 }
 
 // Missing implements cas.Store.
@@ -66,66 +112,18 @@ func (t *Tier) Confirm(ctx context.Context, ds []digest.Digest) ([]digest.Digest
 	return cas.Confirm(ctx, t.source, ds)
 }
 
-// reader reads the file to the size of the blob, verified when it begins at 0. A file that turns
-// out damaged is forgotten.
-func (t *Tier) reader(ctx context.Context, f *os.File, d digest.Digest, offset int64) io.ReadCloser {
-	var r io.Reader = &tailReader{file: f, left: d.Size() - offset}
-	if offset == 0 {
-		r = cas.Verify(f, d)
-	}
-	return struct {
-		io.Reader
-		io.Closer
-	}{readerFunc(func(p []byte) (int, error) {
-		if ctx.Err() != nil {
-			return 0, context.Cause(ctx)
-		}
-		n, err := r.Read(p)
-		if errors.Is(err, cas.ErrMismatch) {
-			t.forget(ctx, d, f)
-		}
-		return n, err
-	}), f}
+// Size implements cas.Sizer.
+func (t *Tier) Size(ctx context.Context, space digest.Space, hash string) (int64, error) {
+	d, err := cas.Find(ctx, t.source, space, hash)
+	return d.Size(), err
 }
 
-// tailReader ends with io.EOF after exactly left bytes.
-type tailReader struct {
-	file *os.File
-	left int64
+// Committed implements cas.Resumer.
+func (t *Tier) Committed(ctx context.Context, d digest.Digest, upload string) (int64, error) {
+	return cas.Committed(ctx, t.source, d, upload)
 }
 
-func (r *tailReader) Read(p []byte) (int, error) {
-	if r.left <= 0 {
-		return 0, io.EOF
-	}
-	n, err := r.file.Read(p[:min(int64(len(p)), r.left)])
-	r.left -= int64(n)
-	if errors.Is(err, io.EOF) {
-		err = fmt.Errorf("%w: cached file %s is %d bytes short", cas.ErrMismatch, r.file.Name(), r.left)
-	}
-	return n, err
+// PutFrom implements cas.Resumer.
+func (t *Tier) PutFrom(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
+	return cas.PutFrom(ctx, t.source, d, upload, offset, r)
 }
-
-// forget drops the variants of d whose file is f.
-func (t *Tier) forget(ctx context.Context, d digest.Digest, f *os.File) {
-	damaged, err := f.Stat()
-	if err != nil {
-		return
-	}
-	for _, executable := range []bool{false, true} {
-		t.mu.Lock()
-		e, ok := t.index.get(t.keyOf(d, executable))
-		t.mu.Unlock()
-		if !ok {
-			continue
-		}
-		if info, err := os.Lstat(t.path(e)); err == nil && os.SameFile(info, damaged) {
-			t.log.WarnContext(ctx, "cached file is damaged", "blob", d)
-			t.drop(ctx, e)
-		}
-	}
-}
-
-type readerFunc func(p []byte) (int, error)
-
-func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

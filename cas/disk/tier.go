@@ -17,7 +17,7 @@ import (
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
-// fetches is how many blobs are fetched from the source at once.
+// fetches is how many reads of the source go on at once.
 const fetches = 64
 
 // Config is what Open needs.
@@ -54,6 +54,7 @@ type Tier struct {
 	generations atomic.Uint64 // the last one given out
 	fetching    chan struct{} // a token for each fetch
 	pressure    chan struct{} // wakes Run
+	buffers     buffers
 
 	mu       sync.Mutex // guards the rest
 	index    *index
@@ -61,7 +62,15 @@ type Tier struct {
 	flights  map[key]*flight
 }
 
-var _ cas.Store = (*Tier)(nil)
+var (
+	_ cas.Store     = (*Tier)(nil)
+	_ cas.Confirmer = (*Tier)(nil)
+	_ cas.Resumer   = (*Tier)(nil)
+	_ cas.Sizer     = (*Tier)(nil)
+
+	_ cas.BatchPutter = (*Tier)(nil)
+	_ cas.BatchReader = (*Tier)(nil)
+)
 
 // Run evicts in the background, so that only a sudden flood makes callers evict. It returns nil
 // when ctx ends.

@@ -28,14 +28,17 @@ type CAS struct {
 
 // CASPut stores a blob.
 type CASPut struct {
-	operatorFlags `embed:""`
-	spaceFlags    `embed:""`
-	File          string `arg:"" help:"The file, or - for standard input."`
+	blobFlags  `embed:""`
+	spaceFlags `embed:""`
+	File       string `arg:"" help:"The file, or - for standard input."`
 }
 
 func (c *CASPut) run(ctx context.Context, p *process) error {
 	space, err := c.space()
 	if err != nil {
+		return err
+	}
+	if _, err := c.config(); err != nil {
 		return err
 	}
 	file, err := c.source()
@@ -49,11 +52,11 @@ func (c *CASPut) run(ctx context.Context, p *process) error {
 		return fmt.Errorf("read %s: %w", c.File, err)
 	}
 	d := space.Sum(h, n)
-	return c.with(ctx, p, func(ctx context.Context, s *storage) error {
+	return c.withBlobs(ctx, p, func(ctx context.Context, blobs cas.Store) error {
 		if _, err := file.Seek(0, io.SeekStart); err != nil {
 			return fmt.Errorf("read %s: %w", c.File, err)
 		}
-		err := s.blobs.Put(ctx, d, file)
+		err := blobs.Put(ctx, d, file)
 		if errors.Is(err, cas.ErrMismatch) {
 			return fmt.Errorf("%s changed while it was read; nothing was stored: %w", c.File, err)
 		}
@@ -100,11 +103,11 @@ func (c *CASPut) source() (file *os.File, err error) {
 
 // CASGet reads a blob.
 type CASGet struct {
-	operatorFlags `embed:""`
-	spaceFlags    `embed:""`
-	Digest        string `arg:"" help:"HASH/SIZE, HASH, or a resource name as in logs."`
-	Output        string `short:"o" help:"File to write, whole or not at all; without it the blob goes to standard output." placeholder:"FILE"`
-	Force         bool   `help:"Replace a file that is there."`
+	blobFlags  `embed:""`
+	spaceFlags `embed:""`
+	Digest     string `arg:"" help:"HASH/SIZE, HASH, or a resource name as in logs."`
+	Output     string `short:"o" help:"File to write, whole or not at all; without it the blob goes to standard output." placeholder:"FILE"`
+	Force      bool   `help:"Replace a file that is there."`
 }
 
 func (c *CASGet) run(ctx context.Context, p *process) error {
@@ -114,19 +117,19 @@ func (c *CASGet) run(ctx context.Context, p *process) error {
 	if _, err := os.Lstat(c.Output); err == nil && c.Output != "" && !c.Force {
 		return run.UsageError{Err: fmt.Errorf("%s exists; --force replaces it", c.Output)}
 	}
-	return c.with(ctx, p, func(ctx context.Context, s *storage) error {
-		d, err := c.find(ctx, s.blobs, c.Digest)
+	return c.withBlobs(ctx, p, func(ctx context.Context, blobs cas.Store) error {
+		d, err := c.find(ctx, blobs, c.Digest)
 		if err != nil {
 			return err
 		}
 		if c.Output == "" || c.Output == "-" {
 			out := &counting{w: p.out}
-			if err = copyBlob(ctx, s.blobs, d, out); err != nil && out.n > 0 {
+			if err = copyBlob(ctx, blobs, d, out); err != nil && out.n > 0 {
 				return fmt.Errorf("the %d bytes on standard output are not the blob: %w", out.n, err)
 			}
 			return err
 		}
-		return c.save(ctx, s.blobs, d)
+		return c.save(ctx, blobs, d)
 	})
 }
 

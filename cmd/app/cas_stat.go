@@ -16,15 +16,17 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/nats-io/nats.go/jetstream"
 
+	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/objectstore"
+	"github.com/jetfarm/jetfarm/cmd/run"
 )
 
 // CASStat tells what is stored.
 type CASStat struct {
-	operatorFlags `embed:""`
-	spaceFlags    `embed:""`
-	Digest        string `arg:"" optional:"" help:"HASH/SIZE, HASH or a resource name; without one, the whole storage."`
-	JSON          bool   `name:"json" help:"One JSON object."`
+	blobFlags  `embed:""`
+	spaceFlags `embed:""`
+	Digest     string `arg:"" optional:"" help:"HASH/SIZE, HASH or a resource name; without one, the whole storage."`
+	JSON       bool   `name:"json" help:"One JSON object."`
 }
 
 // usage is what the storage of a farm holds.
@@ -54,6 +56,9 @@ func (c *CASStat) run(ctx context.Context, p *process) error {
 			return err
 		}
 	}
+	if c.Remote != "" {
+		return c.remote(ctx, p)
+	}
 	s, err := c.open(ctx, p)
 	if err != nil {
 		return err
@@ -70,6 +75,27 @@ func (c *CASStat) run(ctx context.Context, p *process) error {
 		return json.NewEncoder(p.out).Encode(u)
 	}
 	return u.print(p.out, time.Now())
+}
+
+// remote tells what can be known of a blob from outside.
+func (c *CASStat) remote(ctx context.Context, p *process) error {
+	if c.Digest == "" {
+		return run.UsageError{Err: errors.New("--remote tells of one blob only; name its digest")}
+	}
+	return c.withBlobs(ctx, p, func(ctx context.Context, blobs cas.Store) error {
+		d, err := c.find(ctx, blobs, c.Digest)
+		if err != nil {
+			return err
+		}
+		if err := present(ctx, blobs, d); err != nil {
+			return err
+		}
+		if c.JSON {
+			return json.NewEncoder(p.out).Encode(list(objectstore.Blob{Digest: d}))
+		}
+		_, err = fmt.Fprintf(p.out, "%v\npresent, %s\n", d, bytesText(uint64(d.Size()))) //nolint:gosec // not negative
+		return err
+	})
 }
 
 func (c *CASStat) blob(ctx context.Context, out io.Writer, s *storage) error {

@@ -19,11 +19,11 @@ import (
 
 // CASTree prints a directory.
 type CASTree struct {
-	operatorFlags `embed:""`
-	spaceFlags    `embed:""`
-	Digest        string `arg:"" help:"HASH/SIZE, HASH or a resource name of a Directory, Tree, Action or Command."`
-	Depth         int    `help:"Levels that are printed; 0 prints all." default:"0"`
-	Limit         int    `help:"Most entries that are printed; 0 prints all." default:"100000"`
+	blobFlags  `embed:""`
+	spaceFlags `embed:""`
+	Digest     string `arg:"" help:"HASH/SIZE, HASH or a resource name of a Directory, Tree, Action or Command."`
+	Depth      int    `help:"Levels that are printed; 0 prints all." default:"0"`
+	Limit      int    `help:"Most entries that are printed; 0 prints all." default:"100000"`
 }
 
 func (c *CASTree) run(ctx context.Context, p *process) error {
@@ -33,21 +33,20 @@ func (c *CASTree) run(ctx context.Context, p *process) error {
 	if err := c.check(c.Digest); err != nil {
 		return err
 	}
-	s, err := c.open(ctx, p)
+	return c.withBlobs(ctx, p, func(ctx context.Context, blobs cas.Store) error { return c.print(ctx, p.out, blobs) })
+}
+
+func (c *CASTree) print(ctx context.Context, out io.Writer, blobs cas.Store) error {
+	d, err := c.find(ctx, blobs, c.Digest)
 	if err != nil {
 		return err
 	}
-	defer s.close()
-	d, err := c.find(ctx, s.blobs, c.Digest)
+	data, err := readMessageBytes(ctx, blobs, d)
 	if err != nil {
 		return err
 	}
-	data, err := readMessageBytes(ctx, s.blobs, d)
-	if err != nil {
-		return err
-	}
-	t := &treePrinter{out: p.out, space: d.Space(), depth: c.Depth, limit: c.Limit, load: func(d digest.Digest) (*repb.Directory, error) {
-		return loadDirectory(ctx, s.blobs, d)
+	t := &treePrinter{out: out, space: d.Space(), depth: c.Depth, limit: c.Limit, load: func(d digest.Digest) (*repb.Directory, error) {
+		return loadDirectory(ctx, blobs, d)
 	}}
 	switch m := recognise(d.Space(), data).(type) {
 	case *repb.Directory:

@@ -73,7 +73,7 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer executor.close(context.WithoutCancel(ctx), p)
-	blobs, err := u.remember(farm, farm.blobs)
+	blobs, err := u.remember(farm, executor.disk)
 	if err != nil {
 		return err
 	}
