@@ -50,18 +50,22 @@ var packageRules = map[string]packageRule{
 	"cas/disk":          {own: []string{"cas", "cas/digest", "cas/compress"}},
 	"cas/objectstore":   {own: []string{"cas", "cas/digest", "cas/compress"}, restrict: []string{natsImport}},
 	"cas/actioncache":   {own: []string{"cas", "cas/digest"}, restrict: []string{natsImport}},
+	"cas/asset":         {own: []string{"cas", "cas/digest"}, restrict: []string{natsImport}},
 	"cas/upstream":      {own: []string{"cas", "cas/digest", "cas/compress", "cas/actioncache"}, restrict: []string{grpcImport}},
 	"broker":            {own: []string{"cas/digest"}, restrict: []string{natsImport}},
 	"broker/brokertest": {own: []string{"broker", "cas/digest"}, restrict: []string{natsImport}},
 	"worker":            {own: []string{"worker", "broker", "cas", "cas/digest", "cas/disk", "cas/actioncache"}},
 	"frontend": {
-		own:      []string{"frontend", "broker", "cas", "cas/digest", "cas/compress", "cas/chunking", "cas/disk", "cas/actioncache"},
+		own:      []string{"frontend", "broker", "cas", "cas/digest", "cas/compress", "cas/chunking", "cas/disk", "cas/actioncache", "cas/asset"},
 		restrict: []string{grpcImport},
 	},
-	"cmd":         {own: []string{"..."}, restrict: restrictedImports},
-	"cmd/run":     {restrict: restrictedImports},
-	"cmd/jetfarm": {own: []string{"cmd/app", "cmd/run"}},
-	"integration": {own: []string{"..."}, restrict: restrictedImports},
+	"frontend/spool":  {},
+	"frontend/fetch":  {own: []string{"frontend/spool"}},
+	"frontend/unpack": {own: []string{"cas", "cas/digest", "frontend/spool"}},
+	"cmd":             {own: []string{"..."}, restrict: restrictedImports},
+	"cmd/run":         {restrict: restrictedImports},
+	"cmd/jetfarm":     {own: []string{"cmd/app", "cmd/run"}},
+	"integration":     {own: []string{"..."}, restrict: restrictedImports},
 }
 
 // testsNeverImport are the sides that do not know each other, not even in their tests.
