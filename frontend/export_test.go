@@ -36,6 +36,7 @@ var (
 	ErrStalled       = errStalled
 	ErrSlow          = errSlow
 	ErrPanic         = errPanic
+	ErrDownloads     = errDownloads
 )
 
 // The bounds that tests reach.

@@ -69,7 +69,7 @@ func httpStatus(err error, code codes.Code) int {
 		return http.StatusPreconditionFailed
 	case codes.ResourceExhausted:
 		return http.StatusInsufficientStorage
-	case codes.Unavailable, codes.Canceled:
+	case codes.Unavailable, codes.Canceled, codes.Aborted:
 		return http.StatusServiceUnavailable
 	case codes.DeadlineExceeded:
 		return http.StatusGatewayTimeout

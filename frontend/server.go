@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
+	remoteasset "github.com/bazelbuild/remote-apis/build/bazel/remote/asset/v1"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"github.com/prometheus/client_golang/prometheus"
@@ -44,6 +45,8 @@ type Config struct {
 	AllowActionCacheUpdates bool
 	// Instances are the instance names that are served; nil serves every one.
 	Instances Instances
+	// Assets offers the Remote Asset API; nil does not.
+	Assets *Assets
 	// ExecEnabled offers remote execution; without it the farm is a cache.
 	ExecEnabled bool
 }
@@ -55,6 +58,7 @@ type Server struct {
 	health  *health.Server
 	metrics *metrics
 	http    *httpCache
+	assets  *assets // nil when they are not offered
 	waiters *waiters
 	unary   map[string]bool // full names of unary methods; written by New only
 	drained atomic.Bool
@@ -97,6 +101,11 @@ func (s *Server) register() {
 		broker: cfg.Broker, actions: cfg.Actions, blobs: cfg.Blobs, answers: ans, waiters: s.waiters,
 		limits: limits, metrics: s.metrics, enabled: cfg.ExecEnabled, executed: cfg.Executed,
 	})
+	if cfg.Assets != nil {
+		s.assets = newAssets(cfg)
+		remoteasset.RegisterFetchServer(s.grpc, fetchService{assets: s.assets})
+		remoteasset.RegisterPushServer(s.grpc, pushService{assets: s.assets})
+	}
 	longrunningpb.RegisterOperationsServer(s.grpc, &operations{broker: cfg.Broker, answers: ans, limits: limits})
 	healthpb.RegisterHealthServer(s.grpc, s.health)
 	reflection.Register(s.grpc)
@@ -160,12 +169,14 @@ func (s *Server) Shutdown(ctx context.Context) error {
 		s.grpc.GracefulStop()
 		return nil
 	})
+	defer s.assets.close()
 	select {
 	case <-stopped:
 		return g.Wait()
 	case <-ctx.Done():
 	}
 	s.waiters.end(errDraining)
+	s.assets.close()
 	timer := time.NewTimer(lastCall)
 	defer timer.Stop()
 	select {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -77,6 +78,7 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{cas.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrQueueFull, codes.ResourceExhausted, true},
+	{errDownloads, codes.ResourceExhausted, true},
 	{cas.ErrFull, codes.ResourceExhausted, false},
 	{cas.ErrNotKept, codes.InvalidArgument, false},
 	{broker.ErrNoWorker, codes.FailedPrecondition, false},
@@ -113,6 +115,9 @@ func statusOf(err error, violations int) *status.Status {
 	}
 	if missing := missingOf(err); missing != nil {
 		return missingStatus(err, missing, violations)
+	}
+	if unsupported, ok := errors.AsType[*unsupportedError](err); ok {
+		return unsupportedStatus(unsupported)
 	}
 	for _, row := range sentinelCodes {
 		if !errors.Is(err, row.sentinel) {
@@ -163,6 +168,17 @@ func missingStatus(err error, missing []digest.Digest, most int) *status.Status 
 		failure.Violations = append(failure.Violations, &rpcpb.PreconditionFailure_Violation{Type: "MISSING", Subject: d.Blob()})
 	}
 	return withDetails(status.New(codes.FailedPrecondition, clip(err.Error())), failure)
+}
+
+// unsupportedStatus names every qualifier that is not supported (row AST-2).
+func unsupportedStatus(err *unsupportedError) *status.Status {
+	request := &rpcpb.BadRequest{}
+	for _, name := range err.names[:min(len(err.names), maxTrailerViolations)] {
+		request.FieldViolations = append(request.FieldViolations, &rpcpb.BadRequest_FieldViolation{
+			Field: "qualifiers.name", Description: clip(strconv.Quote(name) + " not supported"),
+		})
+	}
+	return withDetails(status.New(codes.InvalidArgument, clip(err.Error())), request)
 }
 
 func withDetails(s *status.Status, detail protoadapt.MessageV1) *status.Status {

@@ -56,6 +56,7 @@ func TestErrorMapping(t *testing.T) {
 		{actioncache.ErrTooLarge, codes.InvalidArgument, false},
 		{broker.ErrInvalid, codes.InvalidArgument, false},
 		{broker.ErrNotFound, codes.NotFound, false},
+		{frontend.ErrDownloads, codes.ResourceExhausted, true},
 		{broker.ErrQueueFull, codes.ResourceExhausted, true},
 		{broker.ErrUnavailable, codes.Unavailable, true},
 		{broker.ErrNoWorker, codes.FailedPrecondition, false},

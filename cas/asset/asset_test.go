@@ -19,10 +19,6 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func compare() cmp.Option {
-	return cmp.Comparer(func(a, b digest.Digest) bool { return a == b })
-}
-
 func TestNames(t *testing.T) {
 	nc := brokertest.Start(t).Connect(t)
 	names, err := asset.Open(t.Context(), asset.Config{Conn: nc, Log: slog.New(slog.DiscardHandler)})
@@ -49,7 +45,7 @@ func TestNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(entry, got, compare()); diff != "" {
+	if diff := cmp.Diff(entry, got, cmp.Comparer(func(a, b digest.Digest) bool { return a == b })); diff != "" {
 		t.Errorf("Get (-want +got):\n%s", diff)
 	}
 	for what, change := range map[string]func(*asset.Name){

@@ -18,6 +18,7 @@ type Frontend struct {
 	natsFlags     `embed:""`
 	serveFlags    `embed:""`
 	httpFlags     `embed:""`
+	assetFlags    `embed:""`
 	memoryFlags   `embed:""`
 	upstreamFlags `embed:""`
 	HTTP          string        `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
@@ -31,7 +32,7 @@ type Frontend struct {
 func (f *Frontend) validate() error {
 	errs := []error{
 		checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas), f.checkInstances(),
-		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(), f.checkUpstream(),
+		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(), f.checkUpstream(), f.checkAssets(),
 	}
 	if f.DrainTimeout < 0 {
 		errs = append(errs, run.UsageError{Err: errors.New("--drain-timeout is negative")})
@@ -75,7 +76,11 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer stores.close(context.WithoutCancel(ctx), p)
-	server := newFrontend(p, farm, stores, f.serveFlags, !f.CacheOnly)
+	assets, err := f.assets(ctx, p, farm, f.Data)
+	if err != nil {
+		return err
+	}
+	server := newFrontend(p, farm, stores, assets, f.serveFlags, !f.CacheOnly)
 	handler := server.HTTP(run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: farm.metrics, Pprof: f.Pprof}))
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, server, handler, f.DrainTimeout, func(ctx context.Context) error {
@@ -92,10 +97,10 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 }
 
 // newFrontend makes the API server of a farm, which reads and writes the stores given.
-func newFrontend(p *process, farm *farm, stores *served, flags serveFlags, execute bool) *frontend.Server {
+func newFrontend(p *process, farm *farm, stores *served, assets *frontend.Assets, flags serveFlags, execute bool) *frontend.Server {
 	cfg := frontend.Config{
 		Blobs: stores.blobs, Actions: stores.results, Executed: stores.executed, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
-		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, Instances: flags.Instance,
+		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, Instances: flags.Instance, Assets: assets,
 	}
 	return frontend.New(cfg)
 }

@@ -16,6 +16,7 @@ type Up struct {
 	serveFlags     `embed:""`
 	executionFlags `embed:""`
 	httpFlags      `embed:""`
+	assetFlags     `embed:""`
 	memoryFlags    `embed:""`
 	upstreamFlags  `embed:""`
 	Data           string `help:"Directory of everything the farm keeps. Default: the user's state directory." type:"path" placeholder:"DIR"`
@@ -29,10 +30,10 @@ type Up struct {
 // can still happen here.
 const lastGrace = 2 * time.Second
 
-func (u *Up) run(ctx context.Context, p *process) error {
+func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one thing after another, each with its end
 	platform, err := u.executionFlags.validate()
 	addresses := checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen})
-	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes(), u.checkUpstream())
+	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes(), u.checkUpstream(), u.checkAssets())
 	if err != nil {
 		return err
 	}
@@ -82,7 +83,11 @@ func (u *Up) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer stores.close(context.WithoutCancel(ctx), p)
-	api := newFrontend(p, farm, stores, u.serveFlags, true)
+	assets, err := u.assets(ctx, p, farm, data)
+	if err != nil {
+		return err
+	}
+	api := newFrontend(p, farm, stores, assets, u.serveFlags, true)
 	handler := api.HTTP(run.Probes(run.ProbeConfig{Ready: api.Ready, Gatherer: farm.metrics, Pprof: u.Pprof}))
 	return run.Beside(ctx, func(ctx context.Context) error {
 		return serveFrontend(ctx, listeners, api, handler, lastGrace, func(ctx context.Context) error {

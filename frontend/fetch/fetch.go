@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -90,24 +91,9 @@ func (f *Fetcher) follow(ctx context.Context, from string, header http.Header, w
 	}
 	at := first
 	for range maxRedirects + 1 {
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+		req, err := request(ctx, first, at, header)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrFailed, hide(err))
-		}
-		if sameOrigin(first, at) {
-			for name, values := range header {
-				req.Header[name] = values
-			}
-			if user := first.User; user != nil && req.Header.Get("Authorization") == "" {
-				password, _ := user.Password()
-				req.SetBasicAuth(user.Username(), password)
-			}
-		}
-		req.URL.User = nil
-		for name, value := range map[string]string{"User-Agent": "jetfarm", "Accept": "*/*", "Accept-Encoding": "identity"} {
-			if req.Header.Get(name) == "" {
-				req.Header.Set(name, value)
-			}
+			return nil, err
 		}
 		resp, err := f.transport.RoundTrip(req)
 		watch.moved()
@@ -123,15 +109,47 @@ func (f *Fetcher) follow(ctx context.Context, from string, header http.Header, w
 			return nil, answered(resp.StatusCode)
 		}
 		resp.Body.Close() //nolint:errcheck // it is not read
-		to, err := at.Parse(resp.Header.Get("Location"))
-		if err != nil || resp.Header.Get("Location") == "" {
-			return nil, fmt.Errorf("%w: a redirect without a valid location", ErrFailed)
-		}
-		if at, err = parse(to.String()); err != nil {
-			return nil, fmt.Errorf("redirect: %w", err)
+		if at, err = location(at, resp); err != nil {
+			return nil, err
 		}
 	}
 	return nil, fmt.Errorf("%w: more than %d redirects", ErrFailed, maxRedirects)
+}
+
+// request makes the request for a URL. What the client gave is sent to the origin of the first only.
+func request(ctx context.Context, first, at *url.URL, header http.Header) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrFailed, hide(err))
+	}
+	req.URL.User = nil
+	if sameOrigin(first, at) {
+		maps.Copy(req.Header, header)
+		if user := first.User; user != nil && req.Header.Get("Authorization") == "" {
+			password, _ := user.Password()
+			req.SetBasicAuth(user.Username(), password)
+		}
+	}
+	for name, value := range map[string]string{"User-Agent": "jetfarm", "Accept": "*/*", "Accept-Encoding": "identity"} {
+		if req.Header.Get(name) == "" {
+			req.Header.Set(name, value)
+		}
+	}
+	return req, nil
+}
+
+// location is where a redirect leads.
+func location(from *url.URL, resp *http.Response) (*url.URL, error) {
+	text := resp.Header.Get("Location")
+	to, err := from.Parse(text)
+	if err != nil || text == "" {
+		return nil, fmt.Errorf("%w: a redirect without a valid location", ErrFailed)
+	}
+	to, err = parse(to.String())
+	if err != nil {
+		return nil, fmt.Errorf("redirect: %w", err)
+	}
+	return to, nil
 }
 
 // receive writes the body into the file and the sinks.
@@ -159,7 +177,11 @@ func parse(text string) (*url.URL, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: not a URL", ErrDenied)
 	}
-	if u.Scheme != "http" && u.Scheme != "https" {
+	switch u.Scheme {
+	case "http", "https":
+	case "", "urn": // names of what is pushed
+		return nil, fmt.Errorf("%w: it is no URL of an origin", ErrNotFound)
+	default:
 		return nil, fmt.Errorf("%w: scheme %q; only http and https are fetched", ErrDenied, u.Scheme)
 	}
 	if u.Hostname() == "" {
@@ -171,8 +193,7 @@ func parse(text string) (*url.URL, error) {
 
 // hide removes the URL from an error of the HTTP client: it may hold credentials.
 func hide(err error) error {
-	var wrapped *url.Error
-	if errors.As(err, &wrapped) {
+	if wrapped, ok := errors.AsType[*url.Error](err); ok {
 		return wrapped.Err
 	}
 	return err

@@ -62,7 +62,7 @@ func split(name string, limits Limits) ([]string, error) {
 		case segment == "" || segment == ".": // as in ./a//b/
 			continue
 		case segment == "..":
-			return nil, fmt.Errorf("%w: %s climbs with ..", ErrInvalid, digest.Quote(name))
+			return nil, fmt.Errorf("%w: %s has the segment ..: it climbs", ErrInvalid, digest.Quote(name))
 		case len(segment) > maxName:
 			return nil, fmt.Errorf("%w: %s has a segment of %d bytes, at most %d are allowed", ErrInvalid, digest.Quote(name), len(segment), maxName)
 		}

@@ -69,7 +69,7 @@ func zipOf(t testing.TB, entries ...entry) []byte {
 	w := zip.NewWriter(&b)
 	for _, e := range entries {
 		h := &zip.FileHeader{Name: e.name, Method: zip.Deflate}
-		h.SetMode(fs.FileMode(0o644 | e.mode)) //nolint:gosec // a few bits
+		h.SetMode(fs.FileMode(0o644 | e.mode))
 		content := e.content
 		switch e.kind {
 		case tar.TypeDir:
@@ -186,7 +186,8 @@ func (r *rig) read(t testing.TB, m *repb.Digest) string {
 func TestArchive(t *testing.T) {
 	large := strings.Repeat("large ", 100_000)
 	entries := []entry{
-		dir("./"), dir("p/"), file("./p/a", "content of a"), file("p/empty", ""), {name: "p/run.sh", content: "#!", mode: 0o111},
+		dir("./"), dir("p/"), file("./p/a", "content of a"), file("p/empty", ""),
+		{name: "p/run.sh", content: "#!", mode: 0o111},
 		file("p/deep/er/f", "deep"), link("p/deep/up", "../a"), link("p/l", "deep/er"), dir("p/nothing/"), file("p/large", large), file("é/ü", "x"),
 	}
 	all := map[string]string{
@@ -339,7 +340,7 @@ func TestStoreFails(t *testing.T) {
 		if _, err := f.Write(tarOf(t, file("a", strings.Repeat("x", size)))); err != nil {
 			t.Fatal(err)
 		}
-		faulty := &castest.Faulty{Store: r.blobs, Plan: func(op castest.Op, _ digest.Digest) castest.Fault {
+		faulty := &castest.Faulty{Store: r.blobs, Plan: func(castest.Op, digest.Digest) castest.Fault {
 			return castest.Fault{Err: broken, After: -1}
 		}}
 		_, err := unpack.Archive(t.Context(), unpack.Config{Blobs: faulty, Space: r.space, Spool: r.pool}, f)
