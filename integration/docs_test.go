@@ -22,7 +22,7 @@ func TestOperationsNamesEveryFlagAndMetric(t *testing.T) {
 	documented := func(name string) bool {
 		return regexp.MustCompile("`" + regexp.QuoteMeta(name) + "[` ]").Match(text)
 	}
-	for _, command := range []string{"up", "broker", "frontend", "worker", "bazelrc", "cas put", "cas get", "cas stat", "cas ls", "cas tree", "cas verify", "doctor"} {
+	for _, command := range []string{"up", "broker", "frontend", "worker", "bazelrc", "cas put", "cas get", "cas stat", "cas ls", "cas tree", "cas verify", "cas gc", "doctor"} {
 		help, err := exec.CommandContext(t.Context(), binary(t), append(strings.Fields(command), "--help")...).Output()
 		if err != nil {
 			t.Fatalf("jetfarm %s --help: %v", command, err)

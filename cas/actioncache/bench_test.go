@@ -2,6 +2,7 @@ package actioncache_test
 
 import (
 	"errors"
+	"log/slog"
 	"testing"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
@@ -21,6 +22,22 @@ func BenchmarkGet(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
 			if _, err := x.Get(b.Context(), a); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("memory", func(b *testing.B) {
+		y := &fixture{memory: x.memory, store: x.store, space: x.space}
+		cfg := actioncache.Config{Conn: x.nc, Blobs: y.store, Log: slog.New(slog.DiscardHandler)}
+		remember(&cfg)
+		var err error
+		if y.Cache, err = actioncache.Open(b.Context(), cfg); err != nil {
+			b.Fatal(err)
+		}
+		run(b, y.Cache)
+		b.ReportAllocs()
+		for b.Loop() {
+			if _, err := y.Get(b.Context(), a); err != nil {
 				b.Fatal(err)
 			}
 		}

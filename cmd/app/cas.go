@@ -24,6 +24,7 @@ type CAS struct {
 	Ls     CASLs     `cmd:"" help:"List blobs."`
 	Tree   CASTree   `cmd:"" help:"Print a directory with all below it."`
 	Verify CASVerify `cmd:"" help:"Read blobs again and check them against their digests."`
+	GC     CASGC     `cmd:"" name:"gc" help:"Drop what is old now, and not when room is needed."`
 }
 
 // CASPut stores a blob.

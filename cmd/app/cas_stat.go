@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,17 +30,20 @@ type CASStat struct {
 
 // usage is what the storage of a farm holds.
 type usage struct {
-	Bytes       uint64            `json:"bytes"`
-	Blobs       int               `json:"blobs"`
-	Generations []generationUsage `json:"generations"`
+	Bytes       int64             `json:"bytes"`
+	Limit       int64             `json:"limit"` // 0 for none
+	Blobs       int64             `json:"blobs"`
+	Full        string            `json:"full,omitempty"` // why nothing can be stored
+	Generations []generationUsage `json:"generations"`    // newest first
 	Results     *resultUsage      `json:"action_results,omitempty"`
 }
 
 type generationUsage struct {
 	Number  uint32    `json:"number"`
 	Created time.Time `json:"created"`
-	Bytes   uint64    `json:"bytes"`
-	Blobs   int       `json:"blobs"`
+	Bytes   int64     `json:"bytes"`
+	Blobs   int64     `json:"blobs"`
+	State   string    `json:"state"`
 }
 
 type resultUsage struct {
@@ -120,32 +122,30 @@ func (c *CASStat) blob(ctx context.Context, out io.Writer, s *storage) error {
 
 // usage asks the broker for the streams of the storage.
 func (s *storage) usage(ctx context.Context) (*usage, error) {
-	u := new(usage)
-	byNumber := make(map[uint32]*generationUsage)
-	for number, blobs := range s.blobs.Counts() {
-		byNumber[number] = &generationUsage{Number: number, Blobs: blobs}
-		u.Blobs += blobs
+	blobs, err := s.blobs.Usage(ctx)
+	if err != nil {
+		return nil, err
 	}
-	streams := s.js.ListStreams(ctx)
-	for info := range streams.Info() {
-		number, ok := objectstore.GenerationOf(info.Config.Name)
-		g := byNumber[number]
+	u := &usage{Bytes: blobs.Bytes, Limit: blobs.Limit, Blobs: blobs.Blobs, Full: blobs.Full}
+	for i, g := range slices.Backward(blobs.Generations) {
+		state := "young"
 		switch {
-		case info.Config.Name == actionStream:
-			u.Results = &resultUsage{Bytes: info.State.Bytes, Limit: info.Config.MaxBytes, Entries: info.State.Msgs}
-		case ok && g != nil:
-			g.Bytes += info.State.Bytes
-			u.Bytes += info.State.Bytes
-			if g.Created.IsZero() || info.Created.Before(g.Created) {
-				g.Created = info.Created
-			}
+		case i == len(blobs.Generations)-1:
+			state = "written to"
+		case g.Old:
+			state = "old: what is used is copied before it is reported present"
+		case g.Aging:
+			state = "aging: what is used is copied"
 		}
+		u.Generations = append(u.Generations, generationUsage{Number: g.Number, Created: g.Created, Bytes: g.Bytes, Blobs: g.Blobs, State: state})
 	}
-	if err := streams.Err(); err != nil && !errors.Is(err, jetstream.ErrEndOfData) {
-		return nil, fmt.Errorf("list the streams: %w", err)
-	}
-	for _, number := range slices.Backward(slices.Sorted(maps.Keys(byNumber))) {
-		u.Generations = append(u.Generations, *byNumber[number])
+	results, err := s.js.Stream(ctx, actionStream)
+	switch {
+	case err == nil:
+		info := results.CachedInfo()
+		u.Results = &resultUsage{Bytes: info.State.Bytes, Limit: info.Config.MaxBytes, Entries: info.State.Msgs}
+	case !errors.Is(err, jetstream.ErrStreamNotFound):
+		return nil, fmt.Errorf("stream %s: %w", actionStream, err)
 	}
 	return u, nil
 }
@@ -153,22 +153,25 @@ func (s *storage) usage(ctx context.Context) (*usage, error) {
 func (u *usage) print(out io.Writer, now time.Time) error {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	row := func(cells ...string) { fmt.Fprintln(w, strings.Join(cells, "\t")) }
-	row("blobs", humanize.Comma(int64(u.Blobs)), bytesText(u.Bytes), "")
-	for i, g := range u.Generations {
-		age := now.Sub(g.Created).Round(time.Second).String() + " old"
-		if i == 0 {
-			age += ", written to"
-		}
-		row("  generation "+strconv.FormatUint(uint64(g.Number), 10), humanize.Comma(int64(g.Blobs)), bytesText(g.Bytes), age)
+	row("blobs", humanize.Comma(u.Blobs), bytesText(uint64(u.Bytes)), limitText(u.Limit)) //nolint:gosec // not negative
+	for _, g := range u.Generations {
+		age := now.Sub(g.Created).Round(time.Second).String() + " old, " + g.State
+		row("  generation "+strconv.FormatUint(uint64(g.Number), 10), humanize.Comma(g.Blobs), bytesText(uint64(g.Bytes)), age) //nolint:gosec // not negative
 	}
 	if r := u.Results; r != nil {
-		limit := "no limit"
-		if r.Limit > 0 {
-			limit = "of " + bytesText(uint64(r.Limit))
-		}
-		row("action results", humanize.Comma(int64(r.Entries)), bytesText(r.Bytes), limit) //nolint:gosec // a count
+		row("action results", humanize.Comma(int64(r.Entries)), bytesText(r.Bytes), limitText(r.Limit)) //nolint:gosec // a count
+	}
+	if u.Full != "" {
+		row("FULL", u.Full)
 	}
 	return w.Flush()
+}
+
+func limitText(limit int64) string {
+	if limit <= 0 {
+		return "without a limit"
+	}
+	return "of " + bytesText(uint64(limit))
 }
 
 func bytesText(n uint64) string { return humanize.IBytes(n) }

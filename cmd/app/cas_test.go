@@ -2,6 +2,7 @@ package app_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
@@ -15,6 +16,7 @@ import (
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"github.com/nats-io/nats.go/jetstream"
 	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/jetfarm/jetfarm/broker/brokertest"
@@ -274,6 +276,49 @@ func TestCASVerify(t *testing.T) {
 	o.wantFail(t, false, "1 blobs are absent", "verify", short(good), bad.Hash(), short(large))
 	o.wantFail(t, true, "--all", "verify")
 	o.wantFail(t, true, "--all", "verify", "--all", short(good))
+}
+
+func TestCASCollect(t *testing.T) {
+	o := newOperator(t)
+	o.wantFail(t, false, "no process rotates the generations", "gc")
+
+	keeper, err := objectstore.Open(t.Context(), objectstore.Config{
+		Small: o.farm.Connect(t), Bulk: o.farm.Connect(t), Log: slog.New(slog.DiscardHandler), Maintain: true, MaxSize: 64 << 20,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var group errgroup.Group
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(t.Context()))
+	group.Go(func() error { return keeper.Run(ctx) })
+	defer func() {
+		cancel(nil)
+		if err := group.Wait(); err != nil {
+			t.Error(err)
+		}
+	}()
+	o.store = keeper
+	for i := range 50 {
+		o.put(t, bytes.Repeat([]byte{byte(i)}, 1<<20))
+	}
+	bytesAfter := func() (n int64) {
+		out, err := o.run(t, "stat", "--json")
+		var u struct{ Bytes, Limit int64 }
+		if err != nil || json.Unmarshal([]byte(out), &u) != nil || u.Limit == 0 {
+			t.Fatalf("stat: %s, error %v", out, err)
+		}
+		return u.Bytes
+	}
+	before := bytesAfter()
+	for out, err := o.run(t, "gc"); err != nil || !strings.HasPrefix(out, "before: ") || !strings.Contains(out, "\nafter:  "); out, err = o.run(t, "gc") {
+		if err == nil || !strings.Contains(err.Error(), "no process rotates") { // the rotator has just begun
+			t.Fatalf("gc: %s, error %v", out, err)
+		}
+	}
+	if after := bytesAfter(); after >= before {
+		t.Errorf("%d bytes before and %d after", before, after)
+	}
+	o.wantFail(t, false, "nothing more is old", "gc", "--to", "1B")
 }
 
 // TestCASNoFarm: nothing is made on a broker that belongs to no farm, and nobody waits for one.

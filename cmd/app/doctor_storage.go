@@ -26,11 +26,6 @@ const probeInstance = "jetfarm-doctor"
 
 // storage opens the blobs, stores one, reads it and removes it, and asks the action cache.
 func (b *patient) storage(ctx context.Context, p *process, e *exam) {
-	for name, info := range b.infos {
-		if most := info.Config.MaxBytes; strings.HasPrefix(name, blobStreams) && most > 0 && info.State.Bytes > uint64(most)/10*9 {
-			e.warn("storage", "give the farm more room, see docs/OPERATIONS.md", "stream %s is nearly full: %s of %s", name, bytesText(info.State.Bytes), bytesText(uint64(most)))
-		}
-	}
 	began := time.Now()
 	s, err := b.d.open(ctx, p)
 	if err != nil {
@@ -43,6 +38,7 @@ func (b *patient) storage(ctx context.Context, p *process, e *exam) {
 		count += n
 	}
 	e.ok("index", "%s blobs are listed in %v", humanize.Comma(int64(count)), time.Since(began).Round(time.Millisecond))
+	checkRoom(ctx, e, s)
 	space, err := digest.SpaceOf(probeInstance, repb.DigestFunction_SHA256, "")
 	if err != nil {
 		e.fail("storage", "", "%v", err)
@@ -57,6 +53,19 @@ func (b *patient) storage(ctx context.Context, p *process, e *exam) {
 		e.fail("action cache", "read the server's log", "it does not answer: %v", err)
 	} else {
 		e.ok("action cache", "it answers")
+	}
+}
+
+// checkRoom tells how much more can be stored. That the store is nearly at its limit is no finding: it
+// is how it is meant to be.
+func checkRoom(ctx context.Context, e *exam, s *storage) {
+	switch u, err := s.blobs.Usage(ctx); {
+	case err != nil:
+		e.fail("room", "read the server's log", "the blobs can't be measured: %v", err)
+	case u.Full != "":
+		e.fail("room", "free space on the broker's disk, or give the farm more room with --cas-size and --max-store", "nothing can be stored: %s", u.Full)
+	default:
+		e.ok("room", "the blobs have %s %s", bytesText(uint64(u.Bytes)), limitText(u.Limit)) //nolint:gosec // not negative
 	}
 }
 
