@@ -94,6 +94,11 @@ func (a *actionCache) UpdateActionResult(ctx context.Context, req *repb.UpdateAc
 		return nil, err
 	}
 	command, err := a.command(ctx, action)
+	if errors.Is(err, errInvalid) || errors.Is(err, digest.ErrInvalid) {
+		// Some clients keep results under the digest of a description of their own, which they upload
+		// in place of an Action: moon does. Its paths are relative to the root.
+		command, err = nil, nil
+	}
 	if err != nil {
 		return nil, err
 	}
