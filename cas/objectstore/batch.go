@@ -227,11 +227,15 @@ func (r *batchReader) receive(ctx context.Context, arriving <-chan *nats.Msg) er
 	delete(r.asked, i)
 	d := r.ds[i]
 	r.bytes -= d.Size()
-	if header(m, "Status") != "" || d.Space().Of(m.Data) != d {
+	data, whole := m.Data, false
+	if header(m, "Status") == "" {
+		data, whole = wholly(d, m.Header, m.Data)
+	}
+	if !whole {
 		r.left = append(r.left, i)
 		return nil
 	}
-	r.data[i] = m.Data
+	r.data[i] = data
 	r.store.touched(keyOf(d), d)
 	r.store.metrics.gets.WithLabelValues(result(nil)).Inc()
 	r.store.metrics.readBytes.Add(float64(d.Size()))

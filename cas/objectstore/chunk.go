@@ -18,8 +18,11 @@ const chunkHeader = "Jetfarm-Chunk"
 
 // headerOf returns the header of a chunk. After is the sequence that the last message of the subject
 // must have, or 0 for any.
-func headerOf(number int, payload []byte, after uint64) nats.Header {
+func headerOf(number int, payload []byte, zstd bool, after uint64) nats.Header {
 	h := nats.Header{chunkHeader: {fmt.Sprintf("%d %08x", number, checksum(payload))}}
+	if zstd {
+		h[encodingHeader] = []string{encodingZstd}
+	}
 	if after != 0 {
 		h[jetstream.ExpectedLastSubjSeqHeader] = []string{strconv.FormatUint(after, 10)}
 	}
@@ -41,6 +44,12 @@ func checkChunk(h nats.Header, number int, payload []byte) error {
 		return fmt.Errorf("the bytes of chunk %d have another checksum", number)
 	}
 	return nil
+}
+
+// isChunk tells the chunk of this number.
+func isChunk(h nats.Header, number int) bool {
+	values := h[chunkHeader]
+	return len(values) > 0 && strings.HasPrefix(values[0], strconv.Itoa(number)+" ")
 }
 
 func checksum(payload []byte) uint32 {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -49,6 +50,8 @@ type Config struct {
 	// WriteBudget bounds the bytes that this Store has sent to one stream and that are not yet
 	// acknowledged; 64 MiB by default. The broker drops what exceeds its own bound of 128 MiB.
 	WriteBudget int64
+	// Compression says what is stored compressed; nothing by default.
+	Compression Compression
 	// Log is never nil.
 	Log *slog.Logger
 	// Registerer receives the metrics; nil keeps them private.
@@ -77,7 +80,13 @@ func (c Config) withDefaults() (Config, error) {
 	if c.OrphanAge == 0 {
 		c.OrphanAge = time.Hour
 	}
+	if c.Compression == "" {
+		c.Compression = CompressNothing
+	}
 	var errs []error
+	if !slices.Contains(Compressions(), c.Compression) {
+		errs = append(errs, fmt.Errorf("objectstore: compression %q, possible are %q", c.Compression, Compressions()))
+	}
 	if c.Small == nil || c.Bulk == nil {
 		errs = append(errs, errors.New("objectstore: both connections are needed"))
 	}

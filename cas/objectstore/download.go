@@ -14,6 +14,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -40,7 +41,7 @@ func (s *Store) findObject(ctx context.Context, b *bucket, d digest.Digest, doub
 
 // openLarge returns a reader of the blob if this bucket has it. The first window is already asked
 // for.
-func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, from span, known bool) (io.ReadCloser, error) {
 	o, err := s.findObject(ctx, b, d, s.doubts(known))
 	if err != nil {
 		return nil, err
@@ -50,8 +51,9 @@ func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, offse
 	if err != nil {
 		return nil, err
 	}
-	r.chunks, r.left = chunksOf(d), d.Size()-offset
-	if offset == 0 {
+	r.chunks, r.left, r.frames = chunksOf(d), d.Size()-from.offset, from.frames
+	passed := from.frames && o.zstd // nothing to hash, see OpenFrames
+	if from.offset == 0 && !passed {
 		r.hash = d.Space().Function().New()
 	}
 	r.discard = func(how string) error {
@@ -59,7 +61,7 @@ func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, offse
 		return fmt.Errorf("%w: blob %v is damaged: %s", cas.ErrMismatch, d, how)
 	}
 	r.count = func(n int) { s.metrics.readBytes.Add(float64(n)) }
-	if err := r.start(offset); err != nil {
+	if err := r.start(from.offset); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
@@ -133,9 +135,12 @@ type largeReader struct {
 	last    uint64    // the sequence of the chunk before the first that was not asked for, unless positions tell
 	asked   int       // the first chunk that was not asked for
 	windows []*window // at most two
+	frames  bool      // to be delivered in place of bytes
+	plain   []byte    // memory for a chunk that is stored compressed
+	frame   []byte    // memory for a frame that is made here
 	chunk   []byte    // what is left of the chunk being read
 	skip    int64     // bytes to drop before the first one that was wanted
-	left    int64     // bytes to deliver
+	left    int64     // bytes of the blob to deliver in further chunks
 	err     error     // how the read ended
 }
 
@@ -143,6 +148,9 @@ type largeReader struct {
 func (r *largeReader) start(offset int64) error {
 	if r.left == 0 {
 		r.err = io.EOF
+		if r.frames {
+			r.chunk = compress.Append(nil, nil)
+		}
 		return nil
 	}
 	r.asked = int(offset / chunkSize)
@@ -200,12 +208,11 @@ func (r *largeReader) advance() error {
 		return err
 	}
 	w.after = m.sequence
-	data := m.data
-	if int64(len(data)) != min(chunkSize, r.digest.Size()-int64(w.next)*chunkSize) {
-		return r.discard("a chunk has the wrong size")
-	}
 	if err := checkChunk(m.header, w.next, m.data); err != nil {
 		return r.discard(err.Error())
+	}
+	if err := r.take(m, min(chunkSize, r.digest.Size()-int64(w.next)*chunkSize)); err != nil {
+		return err
 	}
 	w.next++
 	if w.next == w.end {
@@ -214,13 +221,34 @@ func (r *largeReader) advance() error {
 			return err
 		}
 	}
+	return nil
+}
+
+// take makes a stored chunk of so many bytes the current one.
+func (r *largeReader) take(m stored, size int64) error {
+	drop := min(r.skip, size)
+	give := min(size-drop, r.left)
+	r.skip, r.left = r.skip-drop, r.left-give
+	r.count(int(give))
+	if r.frames && give == size && isZstd(m.header) {
+		r.chunk = m.data
+		return nil
+	}
+	data, err := unpack(r.plain[:0], m.header, m.data, size)
+	if err != nil {
+		return r.discard("a chunk is not as it was stored: " + err.Error())
+	}
+	if isZstd(m.header) {
+		r.plain = data
+	}
 	if r.hash != nil {
 		r.hash.Write(data)
 	}
-	drop := min(r.skip, int64(len(data)))
-	r.skip -= drop
-	r.chunk = data[drop:min(int64(len(data)), drop+r.left)]
-	r.count(len(r.chunk))
+	r.chunk = data[drop : drop+give]
+	if r.frames {
+		r.frame = compress.Append(r.frame[:0], r.chunk)
+		r.chunk = r.frame
+	}
 	return nil
 }
 
@@ -289,7 +317,6 @@ func (r *largeReader) Read(p []byte) (int, error) {
 	}
 	n := copy(p, r.chunk)
 	r.chunk = r.chunk[n:]
-	r.left -= int64(n)
 	return n, nil
 }
 
@@ -305,7 +332,6 @@ func (r *largeReader) WriteTo(w io.Writer) (int64, error) {
 		}
 		n, err := w.Write(r.chunk)
 		r.chunk = r.chunk[n:]
-		r.left -= int64(n)
 		total += int64(n)
 		if err == nil && len(r.chunk) > 0 {
 			err = io.ErrShortWrite

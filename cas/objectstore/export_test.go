@@ -76,7 +76,7 @@ func EncodeObject(hash string, size int64, positions []uint64) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return encodeObject(newBucket(large, 1, 0, 1), d, tail(d)+".upload", positions)
+	return encodeObject(newBucket(large, 1, 0, 1), d, tail(d)+".upload", form{size: size, sha256: hashBytes(d)}, positions)
 }
 
 // What follows lets tests of the rotation look at and stop single steps.

@@ -121,7 +121,7 @@ func (s *Store) copy(ctx context.Context, d digest.Digest, from uint32) error {
 		return fmt.Errorf("%w: generation %d is not known here", cas.ErrUnavailable, from)
 	}
 	ctx = context.WithValue(ctx, copying{}, true)
-	r, err := s.openIn(ctx, g, d, 0, true)
+	r, err := s.openIn(ctx, g, d, span{}, true)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/jetfarm/jetfarm/cas/digest"
@@ -25,16 +26,17 @@ const maxChunks = 1 << 18
 const maxSize = maxChunks * chunkSize
 
 // objectInfo is the stock form of an object store's metadata.
-func objectInfo(b *bucket, d digest.Digest, nuid string) jetstream.ObjectInfo {
+func objectInfo(b *bucket, d digest.Digest, nuid string, f form) jetstream.ObjectInfo {
 	info := jetstream.ObjectInfo{
 		ObjectMeta: jetstream.ObjectMeta{Name: d.String()},
 		Bucket:     b.name,
 		NUID:       nuid,
-		Size:       uint64(d.Size()),    //nolint:gosec // not negative
+		Size:       uint64(f.size),      //nolint:gosec // not negative
 		Chunks:     uint32(chunksOf(d)), //nolint:gosec // at most maxChunks
+		Digest:     "SHA-256=" + base64.URLEncoding.EncodeToString(f.sha256),
 	}
-	if d.Space().Function() == digest.SHA256 {
-		info.Digest = "SHA-256=" + objectDigest(d)
+	if f.zstd {
+		info.Headers = nats.Header{encodingHeader: {encodingZstd}}
 	}
 	return info
 }
@@ -43,7 +45,7 @@ func objectInfo(b *bucket, d digest.Digest, nuid string) jetstream.ObjectInfo {
 const infoSize = 512
 
 // appendObjectInfo appends what json.Marshal makes of objectInfo.
-func appendObjectInfo(out []byte, b *bucket, d digest.Digest, nuid string) []byte {
+func appendObjectInfo(out []byte, b *bucket, d digest.Digest, nuid string, f form) []byte {
 	out = append(out, `{"name":`...)
 	if instance := d.Space().Instance(); isPlain(instance) {
 		out = append(out, '"')
@@ -52,20 +54,20 @@ func appendObjectInfo(out []byte, b *bucket, d digest.Digest, nuid string) []byt
 	} else if name, err := json.Marshal(d.String()); err == nil {
 		out = append(out, name...)
 	}
+	if f.zstd {
+		out = append(out, `,"headers":{"`+encodingHeader+`":["`+encodingZstd+`"]}`...)
+	}
 	out = append(out, `,"bucket":"`...)
 	out = append(out, b.name...)
 	out = append(out, `","nuid":"`...)
 	out = append(out, nuid...)
 	out = append(out, `","size":`...)
-	out = strconv.AppendInt(out, d.Size(), 10)
+	out = strconv.AppendInt(out, f.size, 10)
 	out = append(out, `,"mtime":"0001-01-01T00:00:00Z","chunks":`...)
 	out = strconv.AppendInt(out, int64(chunksOf(d)), 10)
-	if d.Space().Function() == digest.SHA256 {
-		out = append(out, `,"digest":"SHA-256=`...)
-		out = append(out, objectDigest(d)...)
-		out = append(out, '"')
-	}
-	return append(out, '}')
+	out = append(out, `,"digest":"SHA-256=`...)
+	out = base64.URLEncoding.AppendEncode(out, f.sha256)
+	return append(out, `"}`...)
 }
 
 // isPlain tells a string that JSON writes as it is.
@@ -76,16 +78,6 @@ func isPlain(s string) bool {
 		}
 	}
 	return true
-}
-
-// objectDigest is the hash of a SHA-256 digest, which stock clients check, in padded base64url.
-func objectDigest(d digest.Digest) string {
-	hash := d.Hash()
-	sum := make([]byte, len(hash)/2)
-	for i := range sum {
-		sum[i] = nibble(hash[2*i])<<4 | nibble(hash[2*i+1])
-	}
-	return base64.URLEncoding.EncodeToString(sum)
 }
 
 // chunksOf is the number of chunks of a blob.
@@ -101,11 +93,13 @@ type object struct {
 	chunks string
 	// positions are the sequences of the chunks.
 	positions []uint64
+	// zstd says that the chunks are frames.
+	zstd bool
 }
 
 // encodeObject returns the metadata of an upload whose chunks have these positions.
-func encodeObject(b *bucket, d digest.Digest, nuid string, positions []uint64) ([]byte, error) {
-	info := objectInfo(b, d, nuid)
+func encodeObject(b *bucket, d digest.Digest, nuid string, f form, positions []uint64) ([]byte, error) {
+	info := objectInfo(b, d, nuid, f)
 	info.Opts = &jetstream.ObjectMetaOptions{ChunkSize: chunkSize}
 	var text []byte
 	last := uint64(0)
@@ -130,8 +124,9 @@ func decodeObject(b *bucket, d digest.Digest, m stored) (object, error) {
 	if info.Deleted {
 		return object{}, fmt.Errorf("metadata of %v: the object was deleted", d)
 	}
-	o := object{sequence: m.sequence, chunks: b.chunks + info.NUID}
-	if info.Size != objectInfo(b, d, info.NUID).Size || !strings.HasPrefix(info.NUID, tail(d)+".") {
+	o := object{sequence: m.sequence, chunks: b.chunks + info.NUID, zstd: isZstd(info.Headers)}
+	if (!o.zstd && info.Size != uint64(d.Size())) || //nolint:gosec // not negative
+		!strings.HasPrefix(info.NUID, tail(d)+".") {
 		return object{}, fmt.Errorf("metadata of %v: it describes another object", d)
 	}
 	want := chunksOf(d)

@@ -190,7 +190,7 @@ func (s *Store) drop(ctx context.Context, d digest.Digest, unwanted []attempt, u
 			if a.chunks >= chunksOf(d) {
 				return nil
 			}
-			return s.stop(cleaning, a)
+			return s.stop(cleaning, d, a)
 		})
 	}
 	if err := group.Wait(); err != nil {
@@ -198,14 +198,18 @@ func (s *Store) drop(ctx context.Context, d digest.Digest, unwanted []attempt, u
 	}
 }
 
-// stop removes an attempt that lacks chunks so that it can never become a blob, unless it goes on.
-func (s *Store) stop(ctx context.Context, a attempt) error {
+// stop removes an attempt that lacks chunks so that it can never become a blob, unless it goes on or
+// has got its last chunk meanwhile.
+func (s *Store) stop(ctx context.Context, d digest.Digest, a attempt) error {
 	m, err := s.bulk.lastFromLeader(ctx, a.bucket.stream, a.subject)
 	if errors.Is(err, cas.ErrNotFound) {
 		return nil
 	}
 	if err != nil {
 		return err
+	}
+	if isChunk(m.header, chunksOf(d)-1) {
+		return nil
 	}
 	fence, err := s.bulkWrites.publish(ctx, a.subject, expect(m.sequence), nil)
 	if err != nil {

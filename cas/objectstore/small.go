@@ -8,6 +8,7 @@ import (
 	"io"
 
 	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -67,11 +68,17 @@ func (s *Store) storeSmall(ctx context.Context, b *bucket, d digest.Digest, data
 // stream, and then stock clients do not see the blob.
 func (s *Store) sendSmall(ctx context.Context, b *bucket, d digest.Digest, data []byte) (*ack, error) {
 	chunk := tail(d)
-	info := appendObjectInfo(make([]byte, 0, infoSize), b, d, chunk)
+	payload, f := s.packSmall(d, data)
+	info := appendObjectInfo(make([]byte, 0, infoSize), b, d, chunk, f)
 	if err := s.smallWrites.send(ctx, b.meta(d), s.smallWrites.expectNone, info); err != nil {
 		return nil, err
 	}
-	return s.smallWrites.publish(ctx, b.chunks+chunk, s.smallWrites.expectNone, data)
+	h := s.smallWrites.expectNone
+	if f.zstd {
+		h = expect(0)
+		h[encodingHeader] = []string{encodingZstd}
+	}
+	return s.smallWrites.publish(ctx, b.chunks+chunk, h, payload)
 }
 
 // retract removes the metadata of a small blob whose chunk was refused: stock clients must not list
@@ -95,23 +102,37 @@ func (s *Store) retract(ctx context.Context, b *bucket, d digest.Digest) error {
 }
 
 // openSmall returns the blob if this bucket has it, whole and verified.
-func (s *Store) openSmall(ctx context.Context, b *bucket, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+func (s *Store) openSmall(ctx context.Context, b *bucket, d digest.Digest, from span, known bool) (io.ReadCloser, error) {
 	subject := b.chunks + tail(d)
 	m, err := s.small.last(ctx, b.stream, subject)
-	absent := errors.Is(err, cas.ErrNotFound)
-	if (absent && s.doubts(known)) || (err == nil && d.Space().Of(m.data) != d) {
-		m, err = s.small.lastFromLeader(ctx, b.stream, subject)
+	var data []byte
+	whole := false
+	if err == nil {
+		data, whole = wholly(d, m.header, m.data)
+	}
+	if (err == nil && !whole) || (errors.Is(err, cas.ErrNotFound) && s.doubts(known)) {
+		if m, err = s.small.lastFromLeader(ctx, b.stream, subject); err == nil {
+			data, whole = wholly(d, m.header, m.data)
+		}
 	}
 	if err != nil {
 		return nil, err
 	}
-	if d.Space().Of(m.data) != d {
+	if !whole {
 		s.discard(ctx, b, d, m.sequence)
 		return &failedReader{fmt.Errorf("%w: blob %v is damaged", cas.ErrMismatch, d)}, nil
 	}
 	s.index.set(keyOf(d), newEntry(b, d.Size()))
-	s.metrics.readBytes.Add(float64(d.Size() - offset))
-	return &memoryReader{*bytes.NewReader(m.data[offset:])}, nil
+	s.metrics.readBytes.Add(float64(d.Size() - from.offset))
+	switch {
+	case from.frames && from.offset == 0 && isZstd(m.header):
+		data = m.data
+	case from.frames:
+		data = compress.Append(nil, data[from.offset:])
+	default:
+		data = data[from.offset:]
+	}
+	return &memoryReader{*bytes.NewReader(data)}, nil
 }
 
 // memoryReader reads a verified blob.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -27,6 +28,7 @@ type Store struct {
 	news    news
 	losses  losses
 	buffers buffers
+	busy    chan struct{} // see encoder
 
 	name     string // names this Store as the rotator
 	viewed   atomic.Pointer[view]
@@ -59,6 +61,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	s := &Store{
 		cfg:    cfg,
 		index:  newIndex(),
+		busy:   newBusy(),
 		gap:    make(chan struct{}, 1),
 		turn:   make(chan struct{}, 1),
 		work:   make(chan struct{}, 1),
@@ -119,7 +122,18 @@ func (s *Store) generation(number uint32) *generation {
 // verified as a whole before the first byte, whatever the offset. A blob that the index does not
 // know is looked for in every live generation; when it is in none, all processes forget it.
 func (s *Store) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
-	r, err := s.open(ctx, d, offset)
+	return s.openCounted(ctx, d, span{offset: offset})
+}
+
+// span is what of a blob is read: its bytes from an offset on, or frames of them.
+type span struct {
+	offset int64
+	frames bool
+}
+
+// openCounted is the end of Open and OpenFrames.
+func (s *Store) openCounted(ctx context.Context, d digest.Digest, from span) (io.ReadCloser, error) {
+	r, err := s.open(ctx, d, from)
 	s.metrics.gets.WithLabelValues(result(err)).Inc()
 	if err != nil {
 		s.suspect(err)
@@ -128,12 +142,14 @@ func (s *Store) Open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 	return r, nil
 }
 
-func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+func (s *Store) open(ctx context.Context, d digest.Digest, from span) (io.ReadCloser, error) {
 	switch {
 	case ctx.Err() != nil:
 		return nil, ended(ctx)
-	case offset < 0 || offset > d.Size():
-		return nil, fmt.Errorf("offset %d is outside of it", offset)
+	case from.offset < 0 || from.offset > d.Size():
+		return nil, fmt.Errorf("offset %d is outside of it", from.offset)
+	case d.IsEmpty() && from.frames:
+		return &memoryReader{*bytes.NewReader(compress.Append(nil, nil))}, nil
 	case d.IsEmpty():
 		return &memoryReader{*bytes.NewReader(nil)}, nil
 	case d.IsImpossible():
@@ -143,7 +159,7 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 	e, known := s.index.get(k, d.Size())
 	if known {
 		if g := s.generation(e.generation()); g != nil {
-			r, err := s.openAlive(ctx, g, d, offset, true)
+			r, err := s.openAlive(ctx, g, d, from, true)
 			if !errors.Is(err, cas.ErrNotFound) {
 				s.touched(k, d)
 				return r, err
@@ -155,7 +171,7 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 		if known && g.number == e.generation() {
 			continue
 		}
-		r, err := s.openAlive(ctx, g, d, offset, false)
+		r, err := s.openAlive(ctx, g, d, from, false)
 		if !errors.Is(err, cas.ErrNotFound) {
 			s.touched(k, d)
 			return r, err
@@ -172,11 +188,11 @@ func (s *Store) open(ctx context.Context, d digest.Digest, offset int64) (io.Rea
 }
 
 // openAlive is openIn, for which a generation that was dropped meanwhile has nothing.
-func (s *Store) openAlive(ctx context.Context, g *generation, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+func (s *Store) openAlive(ctx context.Context, g *generation, d digest.Digest, from span, known bool) (io.ReadCloser, error) {
 	if g.number <= s.known().Dropped {
 		return nil, cas.ErrNotFound
 	}
-	r, err := s.openIn(ctx, g, d, offset, known)
+	r, err := s.openIn(ctx, g, d, from, known)
 	if errors.Is(err, cas.ErrUnavailable) && ctx.Err() == nil {
 		if v, e := s.ask(ctx); e == nil && g.number <= v.Dropped {
 			return nil, cas.ErrNotFound
@@ -185,15 +201,15 @@ func (s *Store) openAlive(ctx context.Context, g *generation, d digest.Digest, o
 	return r, err
 }
 
-func (s *Store) openIn(ctx context.Context, g *generation, d digest.Digest, offset int64, known bool) (io.ReadCloser, error) {
+func (s *Store) openIn(ctx context.Context, g *generation, d digest.Digest, from span, known bool) (io.ReadCloser, error) {
 	b := g.bucket(d)
 	if b == nil {
 		return nil, cas.ErrNotFound
 	}
 	if b.family == large {
-		return s.openLarge(ctx, b, d, offset, known)
+		return s.openLarge(ctx, b, d, from, known)
 	}
-	return s.openSmall(ctx, b, d, offset, known)
+	return s.openSmall(ctx, b, d, from, known)
 }
 
 // doubts tells whether to ask the leader when a direct get finds nothing: a replica may lag behind

@@ -90,8 +90,8 @@ func (s *Store) sweepBlob(ctx context.Context, b *bucket, d digest.Digest, attem
 		if errors.Is(err, cas.ErrNotFound) || (err == nil && time.Since(last.time) < s.cfg.OrphanAge) {
 			continue
 		}
-		if err == nil && a.chunks < chunksOf(d) {
-			err = s.stop(ctx, a)
+		if err == nil && !isChunk(last.header, chunksOf(d)-1) {
+			err = s.stop(ctx, d, a)
 		} else if err == nil {
 			err = s.bulk.purge(ctx, b.stream, a.subject)
 		}

@@ -2,10 +2,12 @@ package objectstore
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
@@ -28,6 +30,9 @@ type upload struct {
 
 	nuid    string
 	hash    hash.Hash
+	sum     hash.Hash // the SHA-256 of the payloads, nil where that is hash
+	size    int64     // of the payloads
+	encoder encoder
 	begun   bool     // a chunk was sent
 	unacked []sent   // oldest first
 	stored  []uint64 // the sequences of the acknowledged chunks
@@ -46,7 +51,7 @@ func (u *upload) subject() string { return u.bucket.chunks + u.nuid }
 // putLarge stores a blob of more than one chunk. The token is uploadToken of the client's name for
 // the upload.
 func (s *Store) putLarge(ctx context.Context, d digest.Digest, token string, r io.Reader) error {
-	b, done, err := s.place(ctx, d, d.Size())
+	b, done, err := s.place(ctx, d, d.Size()+frameRoom*int64(chunksOf(d)))
 	if err != nil {
 		return err
 	}
@@ -60,6 +65,10 @@ func (s *Store) putLarge(ctx context.Context, d digest.Digest, token string, r i
 	u := upload{
 		store: s, bucket: b, digest: d, token: token,
 		nuid: tail(d) + "." + token + "." + nuid.Next(), hash: d.Space().Function().New(),
+		encoder: encoder{mode: s.cfg.Compression, busy: s.busy},
+	}
+	if copied, ok := r.(*largeReader); ok && copied.object.zstd {
+		u.encoder.mode = CompressAll // it stays as it is
 	}
 	err = u.send(ctx, r)
 	if err == nil {
@@ -116,13 +125,16 @@ func (u *upload) send(ctx context.Context, r io.Reader) error {
 			return errKnown
 		}
 		data := buffer[:min(left, chunkSize)]
+		began := time.Now()
 		if err := src.fill(ctx, data); err != nil {
 			return err
 		}
+		took := time.Since(began)
 		left -= int64(len(data))
 		u.hash.Write(data)
+		payload := u.encode(data, took)
 		if left > 0 {
-			if err := u.publish(ctx, data, 0); err != nil {
+			if err := u.publish(ctx, payload, 0); err != nil {
 				return err
 			}
 			continue
@@ -134,7 +146,7 @@ func (u *upload) send(ctx context.Context, r io.Reader) error {
 		if err := u.await(ctx, 0); err != nil {
 			return err
 		}
-		if err := u.publish(ctx, data, u.stored[len(u.stored)-1]); err != nil {
+		if err := u.publish(ctx, payload, u.stored[len(u.stored)-1]); err != nil {
 			return err
 		}
 	}
@@ -163,6 +175,33 @@ func (u *upload) complete(ctx context.Context) error {
 // errSuperseded ends an upload that was stopped by another one, see store.stop.
 var errSuperseded = errors.New("another upload of the same name went on")
 
+// encode returns the payload of the next chunk, which took so long to come.
+func (u *upload) encode(data []byte, took time.Duration) []byte {
+	if u.sent == 0 {
+		u.encoder.begin(data, took)
+		if u.encoder.frames || u.digest.Space().Function() != digest.SHA256 {
+			u.sum = sha256.New()
+		}
+	}
+	payload := u.encoder.encode(data, took)
+	if u.sum != nil {
+		u.sum.Write(payload)
+	}
+	u.size += int64(len(payload))
+	return payload
+}
+
+// form is how the blob is stored.
+func (u *upload) form() form {
+	f := form{zstd: u.encoder.frames, size: u.size}
+	if u.sum != nil {
+		f.sha256 = u.sum.Sum(nil)
+	} else {
+		f.sha256 = hashBytes(u.digest)
+	}
+	return f
+}
+
 // verify checks the whole blob before its last chunk is sent.
 func (u *upload) verify(ctx context.Context, src *source) error {
 	if err := src.finish(ctx); err != nil {
@@ -180,7 +219,7 @@ func (u *upload) publish(ctx context.Context, data []byte, after uint64) error {
 	if err := u.await(ctx, uploadWindow-1); err != nil {
 		return err
 	}
-	size := int64(len(data))
+	size := int64(min(len(data), chunkSize))
 	for !u.bucket.budget.TryAcquire(size) {
 		if len(u.unacked) == 0 {
 			if err := u.bucket.budget.Acquire(ctx, size); err != nil {
@@ -194,7 +233,7 @@ func (u *upload) publish(ctx context.Context, data []byte, after uint64) error {
 		}
 	}
 	u.begun = true
-	a, err := u.store.bulkWrites.publish(ctx, u.subject(), headerOf(u.sent, data, after), data)
+	a, err := u.store.bulkWrites.publish(ctx, u.subject(), headerOf(u.sent, data, u.encoder.frames, after), data)
 	if err != nil {
 		u.bucket.budget.Release(size)
 		return err
@@ -231,7 +270,7 @@ var errUncertain = errors.New("the broker did not say whether the blob is stored
 func (u *upload) commit(ctx context.Context) error {
 	ctx, cancel := detached(ctx, u.store.cfg.RequestTimeout)
 	defer cancel()
-	data, err := encodeObject(u.bucket, u.digest, u.nuid, u.stored)
+	data, err := encodeObject(u.bucket, u.digest, u.nuid, u.form(), u.stored)
 	if err != nil {
 		return err
 	}
