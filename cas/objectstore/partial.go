@@ -140,21 +140,48 @@ func (s *Store) putFrom(ctx context.Context, d digest.Digest, upload string, off
 	if err != nil {
 		return err
 	}
-	if len(found) == 0 || found[0].bytes(d) < offset {
+	found = slices.DeleteFunc(found, func(a attempt) bool { return a.bytes(d) < offset })
+	if len(found) == 0 {
 		return fmt.Errorf("%w: %d bytes", cas.ErrNotKept, offset)
 	}
-	kept, err := s.openAttempt(ctx, d, found[0], offset)
+	source, err := s.oldest(ctx, found)
+	if err != nil {
+		return err
+	}
+	kept, err := s.openAttempt(ctx, d, source, offset)
 	if err != nil {
 		return err
 	}
 	err = s.put(ctx, d, token, io.MultiReader(kept, r))
 	if err == nil {
-		s.drop(ctx, d, found[:1], func(attempt) bool { return false }) // it may be in an older generation
+		s.drop(ctx, d, []attempt{source}, func(attempt) bool { return false }) // it may be in an older generation
 	}
 	if e := kept.Close(); e != nil && !s.cfg.Bulk.IsClosed() {
 		s.cfg.Log.WarnContext(ctx, "close the kept part of an upload", "err", e)
 	}
 	return err
+}
+
+// oldest returns the attempt that began first. It is the one that the client knows of; a later one may
+// be another client's of the same name that goes on, whose bytes may be wrong.
+func (s *Store) oldest(ctx context.Context, of []attempt) (attempt, error) {
+	found, began := of[0], stored{}
+	for _, a := range of {
+		if len(of) == 1 {
+			break
+		}
+		m, err := s.bulk.nextFromLeader(ctx, a.bucket.stream, a.subject, 1)
+		if errors.Is(err, cas.ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return attempt{}, err
+		}
+		if began.sequence == 0 || m.time.Before(began.time) {
+			found, began = a, m
+		}
+	}
+	return found, nil
 }
 
 // openAttempt returns a reader of the first bytes of an attempt. It ends with cas.ErrNotKept in place
