@@ -121,7 +121,7 @@ func TestRD_14_MessagesAreSmall(t *testing.T) {
 	}
 }
 
-func TestRD_13_DamagedBlob(t *testing.T) {
+func TestRD_13_X_49_DamagedBlob(t *testing.T) {
 	h := start(t, faulty(damaged))
 	d := h.put(t, random(100))
 	got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: d.String()})
@@ -131,7 +131,7 @@ func TestRD_13_DamagedBlob(t *testing.T) {
 	}
 }
 
-func TestGEN_25_ResourceNameHeader(t *testing.T) {
+func TestGEN_25_X_16_ResourceNameHeader(t *testing.T) {
 	h := start(t)
 	d, other := h.put(t, random(10)), h.put(t, random(10))
 	const header = "build.bazel.remote.execution.v2.resource-name"

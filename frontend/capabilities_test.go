@@ -1,6 +1,7 @@
 package frontend_test
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -46,6 +47,37 @@ func TestCapabilities(t *testing.T) {
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("GetCapabilities (-want +got):\n%s", diff)
 	}
+	cache, exec := got.GetCacheCapabilities(), got.GetExecutionCapabilities()
+	low, high := got.GetLowApiVersion(), got.GetHighApiVersion()
+	for row, ok := range map[string]bool{
+		"CAP-1 both services are told":           cache != nil && exec != nil,
+		"CAP-4 no unknown digest function":       !slices.Contains(cache.GetDigestFunctions(), 0) && !slices.Contains(exec.GetDigestFunctions(), 0) && exec.GetDigestFunction() != 0,
+		"CAP-6 the single function is listed":    slices.Contains(exec.GetDigestFunctions(), exec.GetDigestFunction()),
+		"CAP-7 the cache hashes what runs":       !slices.ContainsFunc(exec.GetDigestFunctions(), func(f repb.DigestFunction_Value) bool { return !slices.Contains(cache.GetDigestFunctions(), f) }),
+		"CAP-8 zstd first, identity unlisted":    len(cache.GetSupportedCompressors()) == 1 && cache.GetSupportedCompressors()[0] == repb.Compressor_ZSTD,
+		"CAP-10 a batch limit that clients like": cache.GetMaxBatchTotalSizeBytes() >= 4_000_000,
+		"CAP-12 the symlink strategy is known":   cache.GetSymlinkAbsolutePathStrategy() != 0,
+		"CAP-16 three versions in order":         got.GetDeprecatedApiVersion().GetMajor() == 2 && low.GetMajor() == 2 && low.GetMinor() == 0 && high.GetMajor() == 2,
+		"CAP-19 new enough for output_paths":     high.GetMinor() >= 2,
+	} {
+		t.Run(row, func(t *testing.T) {
+			if !ok {
+				t.Errorf("GetCapabilities = %v", got)
+			}
+		})
+	}
+	for _, r := range append(cache.GetCachePriorityCapabilities().GetPriorities(), exec.GetExecutionPriorityCapabilities().GetPriorities()...) {
+		t.Run("CAP-14 zero is a priority", func(t *testing.T) {
+			if r.GetMinPriority() > 0 || r.GetMaxPriority() < 0 {
+				t.Errorf("range %v", r)
+			}
+		})
+	}
+	t.Run("CAP-21 without anything in the request", func(t *testing.T) {
+		if _, err := h.caps.GetCapabilities(t.Context(), &repb.GetCapabilitiesRequest{}); err != nil {
+			t.Errorf("GetCapabilities: %v", err)
+		}
+	})
 }
 
 func TestCAP_1_CAP_5_CAP_13_CacheOnly(t *testing.T) {
