@@ -36,6 +36,17 @@ tried, by the tests that show it. A row is "tested" when a test is named after i
 proves is in the test. Level: MUST, SHOULD and MAY are those of the specification, DEC is a decision
 of this project where the specification leaves room, CLI is what a known client needs.
 
+Where the farm does something else than the words of the specification:
+
+* QueryWriteStatus of an upload that nobody knows is {0, false} in place of NOT_FOUND, which clients take
+  as the end of the upload.
+* A Write that begins before what is kept of the upload is ABORTED with RetryInfo: more arrived after the
+  client asked, and it should ask again. Beyond what is kept it is INVALID_ARGUMENT, and 0 starts over.
+* A Write that is closed without finish_write is OK and tells in committed_size what is kept.
+* Of compressed uploads and of blobs up to 512 KiB nothing is kept; they start over.
+* committed_size of a compressed upload is the number of compressed bytes, or -1 when the blob was there.
+* Missing inputs of an Execute come in the response of a finished operation, not as the status of the call.
+
 `
 
 // Table is docs/CONFORMANCE.md for the module at root.
