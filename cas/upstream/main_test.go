@@ -311,10 +311,12 @@ func TestTierConformance(t *testing.T) {
 
 // What a store may have besides, the tier has as well.
 func TestTierOptionalConformance(t *testing.T) {
-	open := func(t testing.TB) cas.Store {
+	castest.RunResumer(t, func(t testing.TB) cas.Store {
+		t.Helper()
+		return tier(t, castest.NewResumable(), connect(t, startFarm(t).address))
+	})
+	castest.RunFrames(t, func(t testing.TB) cas.Store {
 		t.Helper()
 		return tier(t, newStorage(t).blobs, connect(t, startFarm(t).address))
-	}
-	castest.RunResumer(t, open)
-	castest.RunFrames(t, open)
+	})
 }

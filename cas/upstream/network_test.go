@@ -125,8 +125,8 @@ func TestSlowUpstream(t *testing.T) {
 	const stall = time.Second
 	f := startFarm(t)
 	c, p := stalling(t, f, stall)
-	d, data := add(t, f.blobs, 5<<20)
-	fresh := random(5 << 20)
+	d, data := add(t, f.blobs, 10<<20)
+	fresh := random(10 << 20)
 	p.delay.Store(int64(20 * time.Millisecond)) // for 32 KiB
 	for name, transfer := range map[string]func() error{
 		"read": func() error {
