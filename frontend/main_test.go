@@ -20,6 +20,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -94,10 +95,11 @@ func startOn(t testing.TB, farm *brokertest.Farm, changes ...func(*frontend.Conf
 	if err != nil {
 		t.Fatalf("objectstore.Open: %v", err)
 	}
-	actions, err := actioncache.Open(t.Context(), actioncache.Config{Conn: small, Blobs: store, Log: log})
+	actions, err := actioncache.Open(t.Context(), actioncache.Config{Conn: small, Blobs: store, Log: log, MemoryBytes: 16 << 20})
 	if err != nil {
 		t.Fatalf("actioncache.Open: %v", err)
 	}
+	running(t, actions.Run)
 	h := &harness{farm: farm, broker: farm.Client(t), blobs: store, actions: actions, metrics: prometheus.NewRegistry(), js: must(jetstream.New(farm.Connect(t)))}
 	cfg := frontend.Config{
 		Blobs: store, Actions: actions, Broker: h.broker, Log: log, ExecEnabled: true,
@@ -314,3 +316,17 @@ func within(t testing.TB, bound time.Duration, what string, f func()) {
 
 // name makes a subtest's name of any value.
 func name(v any) string { return strings.ReplaceAll(fmt.Sprint(v), "/", ":") }
+
+// running runs a service until the test's end.
+func running(t testing.TB, service func(context.Context) error) {
+	t.Helper()
+	var group errgroup.Group
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(t.Context()))
+	group.Go(func() error { return service(ctx) })
+	t.Cleanup(func() {
+		cancel(nil)
+		if err := group.Wait(); err != nil {
+			t.Error(err)
+		}
+	})
+}
