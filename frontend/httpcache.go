@@ -10,6 +10,7 @@ import (
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/jetfarm/jetfarm/cas"
@@ -30,6 +31,7 @@ type httpCache struct {
 	metrics   *metrics
 	http      *httpMetrics
 	buffers   httpBuffers
+	opaque    bool // values that are no ActionResult are kept as well
 }
 
 // HTTP serves the HTTP cache, and leaves all other paths to other. It has to see requests before any
@@ -212,20 +214,12 @@ func (h *httpCache) present(ctx context.Context, d digest.Digest) error {
 func (h *httpCache) getAction(a *httpAnswer, r *http.Request, name httpName) error {
 	ctx, cancel := context.WithTimeoutCause(r.Context(), h.limits.Unary, errSlow)
 	defer cancel()
-	action, err := cas.Find(ctx, h.blobs, name.space, name.hash)
+	data, err := h.result(ctx, name)
+	if h.opaque && err != nil && statusOf(err, 0).Code() == codes.NotFound {
+		data, err = h.getOpaque(ctx, name)
+	}
 	if err != nil {
 		return err
-	}
-	result, err := lookup(ctx, h.actions.actions, action, h.metrics)
-	if err != nil {
-		return err
-	}
-	if _, err := h.blobs.Missing(ctx, []digest.Digest{action}); err != nil {
-		return err
-	}
-	data, err := proto.Marshal(result)
-	if err != nil {
-		return fmt.Errorf("encode the result of action %v: %w", action, err)
 	}
 	a.Header().Set("Content-Type", "application/octet-stream")
 	a.head(http.StatusOK, int64(len(data)))
@@ -234,6 +228,26 @@ func (h *httpCache) getAction(a *httpAnswer, r *http.Request, name httpName) err
 	}
 	_, err = a.Write(data)
 	return err
+}
+
+// result is the encoded result of an action that is in the CAS.
+func (h *httpCache) result(ctx context.Context, name httpName) ([]byte, error) {
+	action, err := cas.Find(ctx, h.blobs, name.space, name.hash)
+	if err != nil {
+		return nil, err
+	}
+	result, err := lookup(ctx, h.actions.actions, action, h.metrics)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := h.blobs.Missing(ctx, []digest.Digest{action}); err != nil {
+		return nil, err
+	}
+	data, err := proto.Marshal(result)
+	if err != nil {
+		return nil, fmt.Errorf("encode the result of action %v: %w", action, err)
+	}
+	return data, nil
 }
 
 // putAction is UpdateActionResult.
@@ -251,12 +265,25 @@ func (h *httpCache) putAction(a *httpAnswer, r *http.Request, name httpName, siz
 	if err := a.body.discard(); err != nil {
 		return err
 	}
-	result := new(repb.ActionResult)
-	if err := proto.Unmarshal(data, result); err != nil {
-		return fmt.Errorf("%w: the body is not an ActionResult", errInvalid)
-	}
 	ctx, cancel := context.WithTimeoutCause(r.Context(), h.limits.Unary, errSlow)
 	defer cancel()
+	err := h.putResult(ctx, name, data)
+	if h.opaque && (errors.Is(err, errInvalid) || errors.Is(err, errAbsent)) {
+		err = h.putOpaque(ctx, name, data)
+	}
+	if err != nil {
+		return err
+	}
+	a.empty(http.StatusCreated)
+	return nil
+}
+
+// putResult stores the encoded result of an action that is in the CAS.
+func (h *httpCache) putResult(ctx context.Context, name httpName, data []byte) error {
+	result := new(repb.ActionResult)
+	if err := proto.Unmarshal(data, result); err != nil {
+		return fmt.Errorf("%w: the body is not an ActionResult (the operator allows other values with --http-opaque-results)", errInvalid)
+	}
 	action, err := cas.Find(ctx, h.blobs, name.space, name.hash)
 	if errors.Is(err, cas.ErrNotFound) {
 		return fmt.Errorf("%w: action %s is not in the CAS; upload it before its result", errAbsent, name.hash)
@@ -268,11 +295,7 @@ func (h *httpCache) putAction(a *httpAnswer, r *http.Request, name httpName, siz
 		InstanceName: name.space.Instance(), DigestFunction: name.space.Function().Proto(),
 		ActionDigest: action.Proto(), ActionResult: result,
 	})
-	if err != nil {
-		return err
-	}
-	a.empty(http.StatusCreated)
-	return nil
+	return err
 }
 
 // retryAfterSeconds is what Retry-After tells clients of a transient failure.

@@ -333,6 +333,34 @@ func TestHTTPActionsAreComplete(t *testing.T) {
 	wantStatus(t, "an absent output", ask(t, "PUT", s.URL+"/ac/"+action.Hash(), encode(result)), 412)
 }
 
+// ccache keeps values of its own under keys that are the digest of nothing.
+func TestHTTPOpaqueResults(t *testing.T) {
+	h := start(t, allowUpdates, func(c *frontend.Config) { c.OpaqueResults = true })
+	s := h.serveHTTP(t)
+	key, value := absent().Hash(), random(100_000)
+	url := s.URL + "/ac/" + key
+	wantStatus(t, "GET before", ask(t, "GET", url, nil), 404)
+	for _, value := range [][]byte{value, []byte("another"), {}} {
+		wantStatus(t, "PUT", ask(t, "PUT", url, value), 201)
+		got := ask(t, "GET", url, nil)
+		wantStatus(t, "GET", got, 200)
+		if !bytes.Equal(got.body, value) {
+			t.Errorf("GET returned %d other bytes, want %d", len(got.body), len(value))
+		}
+	}
+	wantStatus(t, "HEAD", ask(t, "HEAD", url, nil), 200)
+	wantStatus(t, "GET in another instance", ask(t, "GET", s.URL+"/other/ac/"+key, nil), 404)
+	wantStatus(t, "too large", ask(t, "PUT", url, random(4<<20), "Expect", "100-continue"), 413)
+	action, result := h.action(t), h.result(t)
+	wantStatus(t, "PUT of a result", ask(t, "PUT", s.URL+"/ac/"+action.Hash(), encode(result)), 201)
+	byGRPC, err := h.ac.GetActionResult(t.Context(), &repb.GetActionResultRequest{ActionDigest: action.Proto()})
+	if err != nil || !proto.Equal(byGRPC, result) {
+		t.Errorf("GetActionResult: %v, %v", byGRPC, err)
+	}
+	h2 := start(t, func(c *frontend.Config) { c.OpaqueResults = true })
+	wantStatus(t, "PUT where clients may not write", ask(t, "PUT", h2.serveHTTP(t).URL+"/ac/"+key, value), 403)
+}
+
 func TestHTTPActionsAreReadOnlyByDefault(t *testing.T) {
 	h := start(t)
 	s := h.serveHTTP(t)

@@ -43,6 +43,8 @@ type Config struct {
 	// AllowActionCacheUpdates lets clients write the action cache. Results that clients write are
 	// believed by everyone, so the default is that only workers write.
 	AllowActionCacheUpdates bool
+	// OpaqueResults lets clients of the HTTP cache keep values below /ac/ that are no ActionResult.
+	OpaqueResults bool
 	// Instances are the instance names that are served; nil serves every one.
 	Instances Instances
 	// Assets offers the Remote Asset API; nil does not.
@@ -95,7 +97,7 @@ func (s *Server) register() {
 	repb.RegisterActionCacheServer(s.grpc, results)
 	s.http = &httpCache{
 		blobs: cfg.Blobs, actions: results, instances: cfg.Instances, limits: limits, metrics: s.metrics,
-		http: newHTTPMetrics(cfg.Registerer),
+		http: newHTTPMetrics(cfg.Registerer), opaque: cfg.OpaqueResults,
 	}
 	repb.RegisterExecutionServer(s.grpc, &execution{
 		broker: cfg.Broker, actions: cfg.Actions, blobs: cfg.Blobs, answers: ans, waiters: s.waiters,

@@ -107,6 +107,7 @@ const (
 type serveFlags struct {
 	GRPC               string   `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
 	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
+	HTTPOpaqueResults  bool     `name:"http-opaque-results" help:"Let clients of the HTTP cache keep values below /ac/ that are no ActionResult, as ccache does." default:"false"`
 	ACSize             size     `name:"ac-size" help:"Most bytes of action results; those that were not used for the longest time give way." default:"1GiB" env:"JETFARM_AC_SIZE"`
 	Instance           []string `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
 }

@@ -100,7 +100,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 func newFrontend(p *process, farm *farm, stores *served, assets *frontend.Assets, flags serveFlags, execute bool) *frontend.Server {
 	cfg := frontend.Config{
 		Blobs: stores.blobs, Actions: stores.results, Executed: stores.executed, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
-		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, Instances: flags.Instance, Assets: assets,
+		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, OpaqueResults: flags.HTTPOpaqueResults, Instances: flags.Instance, Assets: assets,
 	}
 	return frontend.New(cfg)
 }
