@@ -2,10 +2,12 @@ package objectstore_test
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"syscall"
 	"testing"
 	"time"
@@ -287,4 +289,62 @@ func fillSmall(t testing.TB, nc *nats.Conn, n int) []digest.Digest {
 		}
 	}
 	return ds
+}
+
+// What compression costs and saves, for content that compresses as outputs of a build do, and for
+// content that does not.
+func BenchmarkCompression(b *testing.B) {
+	program, err := os.ReadFile(os.Args[0])
+	if err != nil {
+		b.Fatal(err)
+	}
+	noise := make([]byte, 64<<20)
+	rand.Read(noise)
+	kinds := map[string][]byte{"program": bytes.Repeat(program, len(noise)/len(program)+1), "noise": noise}
+	for _, size := range []int{4 << 10, 16 << 10, 512 << 10, 64 << 20} {
+		for kind, data := range kinds {
+			for _, mode := range []objectstore.Compression{objectstore.CompressNothing, objectstore.CompressAuto, objectstore.CompressAll} {
+				b.Run(fmt.Sprintf("%s/%d/%s", kind, size, mode), func(b *testing.B) {
+					f := brokertest.Start(b)
+					s := open(b, objectstore.Config{Small: inProcess(b, f), Bulk: inProcess(b, f), Log: logger(b), Compression: mode})
+					space := castest.Space(b, "")
+					blob := bytes.Clone(data[len(data)/2-size/2:][:size])
+					b.SetBytes(int64(size))
+					var used time.Duration
+					n := 0
+					for b.Loop() {
+						b.StopTimer()
+						if n++; size > 1<<20 && n%16 == 0 {
+							f.Purge(b, largeStream)
+						}
+						d := variant(space, blob, n)
+						before := cpuTime(b)
+						b.StartTimer()
+						if err := s.Put(b.Context(), d, bytes.NewReader(blob)); err != nil {
+							b.Fatal(err)
+						}
+						used += cpuTime(b) - before
+					}
+					mib := float64(size) / (1 << 20)
+					b.ReportMetric(float64(used.Microseconds())/float64(n)/mib/1000, "put-cpu-ms/MiB")
+					b.StopTimer()
+					d := variant(space, blob, n)
+					before := cpuTime(b)
+					began, reads := time.Now(), 0
+					for ; reads < 20 || time.Since(began) < time.Second/2; reads++ {
+						r, err := s.Open(b.Context(), d, 0)
+						if err != nil {
+							b.Fatal(err)
+						}
+						if _, err := io.Copy(io.Discard, r); err != nil {
+							b.Fatal(err)
+						}
+						r.Close()
+					}
+					b.ReportMetric(float64((cpuTime(b)-before).Microseconds())/float64(reads)/mib/1000, "get-cpu-ms/MiB")
+					b.ReportMetric(float64(reads)*mib/time.Since(began).Seconds(), "get-MiB/s")
+				})
+			}
+		}
+	}
 }

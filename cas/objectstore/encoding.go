@@ -46,7 +46,7 @@ const (
 	// compressFrom is the size of the smallest blob that is compressed: below, a frame costs more to
 	// make than the whole put and saves little.
 	compressFrom = 4 << 10
-	// sampleSize is how much of the first chunk of a large blob tells whether to compress it.
+	// sampleSize is how much of a chunk tells whether to compress it, and large blobs by their first.
 	sampleSize = 64 << 10
 	// slowChunk is how long a chunk takes to be compressed, about.
 	slowChunk = 2 * time.Millisecond
@@ -67,7 +67,7 @@ type form struct {
 
 // packSmall returns the payload of a blob of one chunk. It may be memory of the caller's.
 func (s *Store) packSmall(d digest.Digest, data []byte) ([]byte, form) {
-	if s.cfg.Compression != CompressNothing && len(data) >= compressFrom {
+	if s.cfg.Compression != CompressNothing && len(data) >= compressFrom && sampled(data) {
 		if frame := compress.Append(make([]byte, 0, len(data)/2), data); pays(len(frame), len(data)) {
 			sum := sha256.Sum256(frame)
 			return frame, form{zstd: true, size: int64(len(frame)), sha256: sum[:]}
@@ -81,6 +81,15 @@ func (s *Store) packSmall(d digest.Digest, data []byte) ([]byte, form) {
 		f.sha256 = sum[:]
 	}
 	return data, f
+}
+
+// sampled tells whether to try to compress a blob, by a part of it if it is much larger than that.
+func sampled(data []byte) bool {
+	if len(data) < 2*sampleSize {
+		return true
+	}
+	middle := (len(data) - sampleSize) / 2
+	return pays(len(compress.Append(make([]byte, 0, sampleSize), data[middle:middle+sampleSize])), sampleSize)
 }
 
 // hashBytes is the hash of a digest as bytes.
@@ -132,9 +141,7 @@ func newBusy() chan struct{} { return make(chan struct{}, max(1, runtime.GOMAXPR
 // begin decides by the first chunk, which took so long to come.
 func (e *encoder) begin(data []byte, took time.Duration) {
 	if e.mode == CompressAll || (e.mode == CompressAuto && took >= slowChunk) {
-		middle := (len(data) - sampleSize) / 2
-		e.buffer = compress.Append(e.buffer[:0], data[middle:middle+sampleSize])
-		e.frames = pays(len(e.buffer), sampleSize)
+		e.frames = sampled(data)
 	}
 }
 

@@ -27,6 +27,7 @@ type farmConfig struct {
 	replicas     int
 	actionBytes  int64 // bound on the action cache
 	actionMemory int64 // bound on what of it is in memory; 0 is none
+	compression  objectstore.Compression
 }
 
 // openFarm connects to the broker and opens operations, blobs and the action cache on it. Operations,
@@ -62,6 +63,7 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, cf
 	}
 	f.blobs, err = objectstore.Open(ctx, objectstore.Config{
 		Small: f.connections[1], Bulk: f.connections[2], Replicas: f.client.Replicas(), Log: p.log, Registerer: f.metrics,
+		Compression: cfg.compression,
 	})
 	if err != nil {
 		return fmt.Errorf("open the blob store: %w", err)

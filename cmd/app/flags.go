@@ -105,6 +105,7 @@ const (
 
 // serveFlags are those of a role that serves the API.
 type serveFlags struct {
+	compressionFlags   `embed:""`
 	GRPC               string   `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
 	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
 	HTTPOpaqueResults  bool     `name:"http-opaque-results" help:"Let clients of the HTTP cache keep values below /ac/ that are no ActionResult, as ccache does." default:"false"`
@@ -121,7 +122,7 @@ const (
 
 // farm is what a role that serves the API wants of the farm.
 func (f *serveFlags) farm(replicas int) farmConfig {
-	return farmConfig{replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory}
+	return farmConfig{replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory, compression: f.CASCompression}
 }
 
 // checkSizes reports bounds that cannot work.

@@ -11,12 +11,18 @@ import (
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/disk"
 	"github.com/jetfarm/jetfarm/cas/memory"
+	"github.com/jetfarm/jetfarm/cas/objectstore"
 	"github.com/jetfarm/jetfarm/cmd/run"
 )
 
 // memoryFlags are those of a role that keeps small blobs in memory.
 type memoryFlags struct {
 	MemoryCache size `help:"Bytes of small blobs kept in memory; 0 keeps none." default:"256MiB"`
+}
+
+// compressionFlags are those of a role that stores blobs.
+type compressionFlags struct {
+	CASCompression objectstore.Compression `name:"cas-compression" help:"Which blobs this process stores compressed: ${enum}. With auto small ones, and large ones whose bytes come slowly." enum:"auto,all,off" default:"auto" env:"JETFARM_CAS_COMPRESSION"`
 }
 
 // minMemoryCache has room for some of the largest blobs that are kept in memory.

@@ -15,12 +15,13 @@ import (
 
 // Worker executes actions.
 type Worker struct {
-	natsFlags      `embed:""`
-	executionFlags `embed:""`
-	httpFlags      `embed:""`
-	Name           string `help:"Name of this worker, unique in the farm. Default: the host's name and the process id." placeholder:"NAME"`
-	HTTP           string `name:"http" help:"Address of /healthz, /readyz and /metrics; empty serves none." default:"127.0.0.1:0" env:"JETFARM_HTTP"`
-	Data           string `help:"Directory for cached inputs and running actions. Default: the user's state directory." type:"path" placeholder:"DIR"`
+	natsFlags        `embed:""`
+	executionFlags   `embed:""`
+	httpFlags        `embed:""`
+	compressionFlags `embed:""`
+	Name             string `help:"Name of this worker, unique in the farm. Default: the host's name and the process id." placeholder:"NAME"`
+	HTTP             string `name:"http" help:"Address of /healthz, /readyz and /metrics; empty serves none." default:"127.0.0.1:0" env:"JETFARM_HTTP"`
+	Data             string `help:"Directory for cached inputs and running actions. Default: the user's state directory." type:"path" placeholder:"DIR"`
 }
 
 func (w *Worker) run(ctx context.Context, p *process) error {
@@ -38,7 +39,7 @@ func (w *Worker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer unlock()
-	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: w.NATS, Name: "jetfarm worker"}, farmConfig{})
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: w.NATS, Name: "jetfarm worker"}, farmConfig{compression: w.CASCompression})
 	if err != nil {
 		return err
 	}
