@@ -110,6 +110,9 @@ func (a *httpAnswer) WriteHeader(status int) {
 
 // Write implements http.ResponseWriter.
 func (a *httpAnswer) Write(p []byte) (int, error) {
+	if a.status == 0 {
+		a.status = http.StatusOK // as the server's writer has it
+	}
 	a.extend()
 	n, err := a.ResponseWriter.Write(p)
 	a.written += int64(n)
@@ -141,7 +144,7 @@ func (a *httpAnswer) empty(status int) {
 
 // fail answers with an error text.
 func (a *httpAnswer) fail(status int, text string) {
-	for _, name := range []string{"ETag", "Accept-Ranges"} {
+	for _, name := range []string{"ETag", "Accept-Ranges", "Content-Encoding"} {
 		a.Header().Del(name)
 	}
 	if status == http.StatusServiceUnavailable {
@@ -189,6 +192,20 @@ func (b *httpBody) discard() error {
 	}
 	_, err := io.Copy(io.Discard, b)
 	return err
+}
+
+// acceptsZstd tells whether a client takes zstd by name. Clients that take anything get what is cheapest
+// for them, the blob itself.
+func acceptsZstd(header http.Header) bool {
+	for _, line := range header.Values("Accept-Encoding") {
+		for coding := range strings.SplitSeq(line, ",") {
+			name, weight, weighed := strings.Cut(coding, ";")
+			if strings.TrimSpace(name) == "zstd" && (!weighed || strings.Trim(weight, " q=0.") != "") {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // httpRange is the part of a blob that is asked for.

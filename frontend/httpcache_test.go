@@ -18,6 +18,7 @@ import (
 
 	"github.com/jetfarm/jetfarm/cas/castest"
 	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/cas/objectstore"
 	"github.com/jetfarm/jetfarm/frontend"
 )
 
@@ -321,16 +322,32 @@ func decode(t testing.TB, data []byte) *repb.ActionResult {
 	return result
 }
 
-// A result is a hit only while all its blobs are there.
+// A result is a hit only while all its blobs are there, and while its action is.
 func TestHTTPActionsAreComplete(t *testing.T) {
-	memory := castest.NewMemory()
-	h := start(t, allowUpdates, func(c *frontend.Config) { c.Blobs = memory })
+	h := start(t, allowUpdates)
 	s := h.serveHTTP(t)
-	action, result := h.action(t), h.result(t)
-	h.cache(t, action, &repb.ActionResult{StdoutRaw: []byte("kept in the store of the cache itself")})
-	wantStatus(t, "GET", ask(t, "GET", s.URL+"/ac/"+action.Hash(), nil), 200)
-	result.OutputFiles[0].Digest = absent().Proto()
-	wantStatus(t, "an absent output", ask(t, "PUT", s.URL+"/ac/"+action.Hash(), encode(result)), 412)
+	store, ok := h.blobs.(*objectstore.Store)
+	if !ok {
+		t.Fatalf("the store is a %T", h.blobs)
+	}
+	remove := map[string]func(action digest.Digest, result *repb.ActionResult) *repb.Digest{
+		"output": func(_ digest.Digest, result *repb.ActionResult) *repb.Digest {
+			return result.GetOutputFiles()[1].GetDigest()
+		},
+		"stdout": func(_ digest.Digest, result *repb.ActionResult) *repb.Digest { return result.GetStdoutDigest() },
+		"action": func(action digest.Digest, _ *repb.ActionResult) *repb.Digest { return action.Proto() },
+	}
+	for what, of := range remove {
+		action, result := h.action(t), h.result(t)
+		url := s.URL + "/ac/" + action.Hash()
+		wantStatus(t, "PUT", ask(t, "PUT", url, encode(result)), 201)
+		wantStatus(t, "GET", ask(t, "GET", url, nil), 200)
+		if err := store.Remove(t.Context(), must(space.Parse(of(action, result)))); err != nil {
+			t.Fatal(err)
+		}
+		wantStatus(t, "GET without its "+what, ask(t, "GET", url, nil), 404)
+		wantStatus(t, "PUT without its "+what, ask(t, "PUT", url, encode(result)), 412)
+	}
 }
 
 // ccache keeps values of its own under keys that are the digest of nothing.
