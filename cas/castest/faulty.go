@@ -99,6 +99,16 @@ func (f *Faulty) Size(ctx context.Context, space digest.Space, hash string) (int
 	return d.Size(), err
 }
 
+// Committed implements cas.Resumer without a fault.
+func (f *Faulty) Committed(ctx context.Context, d digest.Digest, upload string) (int64, error) {
+	return cas.Committed(ctx, f.Store, d, upload)
+}
+
+// PutFrom implements cas.Resumer without a fault.
+func (f *Faulty) PutFrom(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
+	return cas.PutFrom(ctx, f.Store, d, upload, offset, r)
+}
+
 func (f *Faulty) plan(op Op, d digest.Digest) Fault {
 	if f.Plan == nil {
 		return Fault{}

@@ -209,6 +209,9 @@ func TestConformance(t *testing.T) {
 		t.Run(fmt.Sprint(maxBytes), func(t *testing.T) {
 			x := start(t, maxBytes)
 			castest.Run(t, func(testing.TB) cas.Store { return x.Tier })
+			castest.RunFrames(t, func(testing.TB) cas.Store { return x.Tier })
+			x.source.Store = castest.NewResumable()
+			castest.RunResumer(t, func(testing.TB) cas.Store { return x.Tier })
 			x.wantSound(t)
 		})
 	}
@@ -367,3 +370,5 @@ func TestSpaces(t *testing.T) {
 		t.Errorf("%d Opens of the source after a restart, want 1, of the absent blob", n)
 	}
 }
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }

@@ -64,5 +64,8 @@ func (t *Tier) BreakFiles() {
 	}
 }
 
+// Remembered is how many reads the tier remembers at least.
+const Remembered = remembered
+
 // Smallest is the size above which a read makes files.
 const Smallest = smallest

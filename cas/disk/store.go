@@ -23,7 +23,7 @@ const (
 )
 
 // Open implements cas.Store. A blob that is not held is fetched into the tier by whoever reads it from
-// the start, and read by all who want it while that goes on. A part of a blob, a blob that would take
+// the start (for the second time, see Config), and read by all who want it while that goes on. A part of a blob, a blob that would take
 // too much of the tier and one that is not worth a file come from the source.
 func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
 	if ctx.Err() != nil {
@@ -61,6 +61,18 @@ func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.Read
 	return t.source.Open(ctx, d, offset)
 }
 
+// OpenFrames implements cas.FrameOpener. Frames that the source has cost it no compression, so a file is
+// compressed only when the source has none or does not answer.
+func (t *Tier) OpenFrames(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	if frames, ok := t.source.(cas.FrameOpener); ok {
+		r, err := frames.OpenFrames(ctx, d, offset)
+		if err == nil || ctx.Err() != nil || !t.holds(d) {
+			return r, err
+		}
+	}
+	return cas.OpenFrames(ctx, struct{ cas.Store }{t}, d, offset)
+}
+
 // find returns the entry to read from or a flight with the caller in it, or neither.
 func (t *Tier) find(d digest.Digest, offset int64) (entry, *flight, key) {
 	t.mu.Lock()
@@ -80,7 +92,7 @@ func (t *Tier) find(d digest.Digest, offset int64) (entry, *flight, key) {
 	if offset != 0 || d.IsImpossible() || d.Size() <= smallest || cost(d.Size()) > t.max/share {
 		return entry{}, nil, plain
 	}
-	if t.flights[plain] == nil && t.reserved+cost(d.Size()) > t.max/shareOfAll {
+	if t.flights[plain] == nil && (t.reserved+cost(d.Size()) > t.max/shareOfAll || t.second && !t.lately.again(plain)) {
 		return entry{}, nil, plain
 	}
 	return entry{}, t.join(plain), plain

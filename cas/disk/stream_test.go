@@ -71,6 +71,42 @@ func TestReadFills(t *testing.T) {
 	}
 }
 
+// TestSecondReadFills: with a fast source, what is read once is not worth a file.
+func TestSecondReadFills(t *testing.T) {
+	x := start(t, 64<<20)
+	var err error
+	x.Tier, err = disk.Open(t.Context(), disk.Config{Dir: t.TempDir(), MaxBytes: 64 << 20, SecondRead: true, Source: x.source, Log: discard()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Close()
+	d, data := x.blob(t, 100<<10)
+	for i, opens := range []int64{1, 2, 2, 2} {
+		x.read(t, d, 0, data)
+		if x.opens.Load() != opens {
+			t.Errorf("%d Opens of the source after %d reads, want %d", x.opens.Load(), i+1, opens)
+		}
+	}
+	// What was read long ago counts as never read.
+	forgotten, forgottenData := x.blob(t, 100<<10)
+	x.read(t, forgotten, 0, forgottenData)
+	for i := range 2 * disk.Remembered {
+		other, err := d.Space().New(fmt.Sprintf("%064x", i+1), 100<<10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := x.Open(t.Context(), other, 0); !errors.Is(err, cas.ErrNotFound) {
+			t.Fatal(err)
+		}
+	}
+	before := x.opens.Load()
+	x.read(t, forgotten, 0, forgottenData)
+	x.read(t, forgotten, 0, forgottenData)
+	if n := x.opens.Load() - before; n != 2 {
+		t.Errorf("%d Opens of the source, want 2", n)
+	}
+}
+
 // TestReadsThatDoNotFill: parts, blobs that are small, and blobs that would take too much of the tier.
 func TestReadsThatDoNotFill(t *testing.T) {
 	x := start(t, 8<<20)

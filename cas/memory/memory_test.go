@@ -26,6 +26,18 @@ func TestConformance(t *testing.T) {
 				tb.Helper()
 				return start(tb, bytes).Tier
 			})
+			castest.RunFrames(t, func(tb testing.TB) cas.Store {
+				tb.Helper()
+				return start(tb, bytes).Tier
+			})
+			castest.RunResumer(t, func(tb testing.TB) cas.Store {
+				tb.Helper()
+				tier, err := memory.New(memory.Config{MaxBytes: bytes, Source: castest.NewResumable()})
+				if err != nil {
+					tb.Fatal(err)
+				}
+				return tier
+			})
 		})
 	}
 }

@@ -39,6 +39,8 @@ var (
 	_ cas.Peeker    = (*Tier)(nil)
 	_ cas.Resumer   = (*Tier)(nil)
 	_ cas.Sizer     = (*Tier)(nil)
+
+	_ cas.FrameOpener = (*Tier)(nil)
 )
 
 // New returns a tier that holds nothing yet.
@@ -128,6 +130,15 @@ func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.Read
 	}
 	t.hold(d, data, true)
 	return newReader(ctx, data[offset:]), nil
+}
+
+// OpenFrames implements cas.FrameOpener. A small blob is compressed here, which is faster than to ask
+// for its frame.
+func (t *Tier) OpenFrames(ctx context.Context, d digest.Digest, offset int64) (io.ReadCloser, error) {
+	if !takes(d) {
+		return cas.OpenFrames(ctx, t.source, d, offset)
+	}
+	return cas.OpenFrames(ctx, struct{ cas.Store }{t}, d, offset)
 }
 
 // Put implements cas.Store. The blob is held once the source has it.
