@@ -1,7 +1,9 @@
 package disk_test
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"testing"
@@ -74,5 +76,30 @@ func BenchmarkOpen(b *testing.B) {
 	for b.Loop() {
 		x.open(b, 1<<40)
 		x.Close()
+	}
+}
+
+// BenchmarkRead64MiB reads a blob that is held, as a frontend does, with and without a sum in its name.
+func BenchmarkRead64MiB(b *testing.B) {
+	for _, summed := range []bool{true, false} {
+		b.Run(fmt.Sprintf("summed=%v", summed), func(b *testing.B) {
+			const size = 64 << 20
+			x := start(b, 1<<30)
+			d, data := x.blob(b, size)
+			x.link(b, d, false, data)
+			buf := make([]byte, 1<<20)
+			b.SetBytes(size)
+			b.ReportAllocs()
+			for b.Loop() {
+				if !summed {
+					x.Unsum()
+				}
+				r := x.openAt(b.Context(), b, d, 0)
+				n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, buf)
+				if err := errors.Join(err, r.Close()); err != nil || n != size {
+					b.Fatal(n, err)
+				}
+			}
+		})
 	}
 }

@@ -1,5 +1,7 @@
 package disk
 
+import "os"
+
 // Check compares the index with the files and returns what differs. Nothing may be going on.
 func (t *Tier) Check(list func(dir string) []string) (problems []string) {
 	t.mu.Lock()
@@ -69,3 +71,21 @@ const Remembered = remembered
 
 // Smallest is the size above which a read makes files.
 const Smallest = smallest
+
+// Unsum makes the index forget the sums of files.
+func (t *Tier) Unsum() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i := range t.index.slots {
+		e := t.index.slots[i].entry
+		if e.size == 0 || !e.summed {
+			continue
+		}
+		old := t.dir + "/cas/" + fileName(t.index.spaces[e.key.space], e)
+		e.summed, e.sum = false, 0
+		if err := os.Rename(old, t.dir+"/cas/"+fileName(t.index.spaces[e.key.space], e)); err != nil {
+			panic(err)
+		}
+		t.index.slots[i].entry = e
+	}
+}
