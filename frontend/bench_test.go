@@ -7,6 +7,9 @@ import (
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"google.golang.org/genproto/googleapis/bytestream"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
+
+	"github.com/jetfarm/jetfarm/cas/chunking"
+	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
 // Each benchmark talks to a frontend over loopback gRPC, with the store in JetStream on files.
@@ -146,4 +149,48 @@ func BenchmarkExecute(b *testing.B) {
 		settle(b, begin(b, q), response)
 		finish(b, stream, action)
 	}
+}
+
+// BenchmarkChunks splits a blob for the first time, again, and puts it together.
+func BenchmarkChunks(b *testing.B) {
+	h := start(b, withChunks(chunking.Params{Average: 512 << 10}))
+	const size = 64 << 20
+	ask := func(d digest.Digest) []*repb.Digest {
+		resp, err := h.cas.SplitBlob(b.Context(), &repb.SplitBlobRequest{BlobDigest: d.Proto()})
+		if err != nil {
+			b.Fatal(err)
+		}
+		return resp.GetChunkDigests()
+	}
+	b.Run("split", func(b *testing.B) {
+		b.SetBytes(size)
+		for b.Loop() {
+			b.StopTimer()
+			d := h.put(b, random(size))
+			b.StartTimer()
+			ask(d)
+		}
+	})
+	b.Run("split again", func(b *testing.B) {
+		d := h.put(b, random(size))
+		ask(d)
+		b.SetBytes(size)
+		for b.Loop() {
+			ask(d)
+		}
+	})
+	b.Run("splice", func(b *testing.B) {
+		b.SetBytes(size)
+		for b.Loop() {
+			b.StopTimer()
+			head, tail := random(size-1000), random(1000)
+			chunks := []*repb.Digest{h.put(b, tail).Proto()}
+			chunks = append(chunks, ask(h.put(b, head))...)
+			whole := space.Of(append(tail, head...))
+			b.StartTimer()
+			if err := h.splice(b.Context(), whole, chunks...); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

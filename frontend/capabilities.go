@@ -6,6 +6,7 @@ import (
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"github.com/bazelbuild/remote-apis/build/bazel/semver"
 
+	"github.com/jetfarm/jetfarm/cas/chunking"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -16,6 +17,7 @@ type capabilities struct {
 	limits  Limits
 	updates bool
 	execute bool
+	chunks  *chunking.Params // nil without the calls about chunks
 }
 
 // GetCapabilities describes the instance of the request, which is the same for every instance.
@@ -30,7 +32,7 @@ func (c *capabilities) GetCapabilities(_ context.Context, req *repb.GetCapabilit
 	priorities := &repb.PriorityCapabilities{Priorities: []*repb.PriorityCapabilities_PriorityRange{
 		{MinPriority: minPriority, MaxPriority: maxPriority},
 	}}
-	return &repb.ServerCapabilities{
+	answer := &repb.ServerCapabilities{
 		CacheCapabilities: &repb.CacheCapabilities{
 			DigestFunctions:               functions,
 			ActionCacheUpdateCapabilities: &repb.ActionCacheUpdateCapabilities{UpdateEnabled: c.updates},
@@ -48,10 +50,19 @@ func (c *capabilities) GetCapabilities(_ context.Context, req *repb.GetCapabilit
 			ExecEnabled:                   c.execute,
 			ExecutionPriorityCapabilities: priorities,
 		},
-		// Bazel 4 and older refuse a server whose low version is above 2.0. 2.12 and 2.13 add the chunk
-		// calls, which are not offered.
+		// Bazel 4 and older refuse a server whose low version is above 2.0. 2.12 and 2.13 add the calls
+		// about chunks, which a client asks for only if the flags below are set (rows CAP-17, CHK-2).
 		DeprecatedApiVersion: &semver.SemVer{Major: 2},
 		LowApiVersion:        &semver.SemVer{Major: 2},
-		HighApiVersion:       &semver.SemVer{Major: 2, Minor: 11},
-	}, nil
+		HighApiVersion:       &semver.SemVer{Major: 2, Minor: 13},
+	}
+	if c.chunks != nil {
+		cache := answer.GetCacheCapabilities()
+		cache.SplitBlobSupport, cache.SpliceBlobSupport = true, true
+		cache.FastCdc_2020Params = &repb.FastCdc2020Params{
+			AvgChunkSizeBytes: uint64(c.chunks.Average), //nolint:gosec // positive
+			Seed:              c.chunks.Seed,
+		}
+	}
+	return answer, nil
 }

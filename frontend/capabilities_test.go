@@ -42,7 +42,7 @@ func TestCapabilities(t *testing.T) {
 		},
 		DeprecatedApiVersion: &semver.SemVer{Major: 2},
 		LowApiVersion:        &semver.SemVer{Major: 2},
-		HighApiVersion:       &semver.SemVer{Major: 2, Minor: 11},
+		HighApiVersion:       &semver.SemVer{Major: 2, Minor: 13},
 	}
 	if diff := cmp.Diff(want, got, protocmp.Transform()); diff != "" {
 		t.Errorf("GetCapabilities (-want +got):\n%s", diff)

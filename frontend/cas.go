@@ -24,6 +24,7 @@ type content struct {
 	limits   Limits
 	metrics  *metrics
 	unpacked *semaphore.Weighted // bytes that all calls together have decompressed
+	chunks   *chunker            // nil without the calls about chunks
 }
 
 func newContent(blobs cas.Store, limits Limits, metrics *metrics) *content {

@@ -32,6 +32,14 @@ type Limits struct {
 	MaxTreeDirectories int
 	MaxTreeBytes       int64
 
+	// MaxChunks bounds the chunks of one blob in the calls about them. 1 000 000 by default.
+	MaxChunks int
+	// ChunkCalls bounds the calls that split or splice a blob at once, each of which takes some 12 MiB
+	// with chunks of the usual size. 4 by default; more wait.
+	ChunkCalls int
+	// KnownChunks bounds the digests of chunks that are remembered, 40 to 72 bytes each. 500 000 by default.
+	KnownChunks int
+
 	// MaxActionBytes and MaxCommandBytes bound the messages read for an Execute. 1 MiB and 16 MiB by default.
 	MaxActionBytes  int64
 	MaxCommandBytes int64
@@ -96,6 +104,9 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.ReadChunkBytes, 512<<10)
 	orDefault(&l.MaxTreeDirectories, 250_000)
 	orDefault(&l.MaxTreeBytes, 512<<20)
+	orDefault(&l.MaxChunks, 1_000_000)
+	orDefault(&l.ChunkCalls, 4)
+	orDefault(&l.KnownChunks, 500_000)
 	orDefault(&l.MaxActionBytes, 1<<20)
 	orDefault(&l.MaxCommandBytes, 16<<20)
 	orDefault(&l.MaxActionTimeout, 24*time.Hour)
@@ -140,6 +151,9 @@ func (l Limits) Validate() error {
 	check(l.MaxUploads > 0 && l.MaxCompressedUploads > 0, "max uploads %d and max compressed uploads %d are not positive", l.MaxUploads, l.MaxCompressedUploads)
 	check(l.MaxTreeDirectories > 0, "max tree directories %d is not positive", l.MaxTreeDirectories)
 	check(l.MaxTreeBytes > 0, "max tree bytes %d is not positive", l.MaxTreeBytes)
+	check(l.MaxChunks > 0 && l.MaxChunks <= 10_000_000, "max chunks %d is not from 1 to 10000000", l.MaxChunks)
+	check(l.ChunkCalls > 0 && l.ChunkCalls <= 1024, "chunk calls %d is not from 1 to 1024", l.ChunkCalls)
+	check(l.KnownChunks > 0, "known chunks %d is not positive", l.KnownChunks)
 	check(l.MaxActionBytes > 0 && l.MaxActionBytes <= mostReceived, "max action bytes %d is not from 1 to %d", l.MaxActionBytes, mostReceived)
 	check(l.MaxCommandBytes > 0 && l.MaxCommandBytes <= mostReceived, "max command bytes %d is not from 1 to %d", l.MaxCommandBytes, mostReceived)
 	check(l.MaxActionTimeout > 0, "max action timeout %v is not positive", l.MaxActionTimeout)

@@ -24,6 +24,7 @@ import (
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
+	"github.com/jetfarm/jetfarm/cas/chunking"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -49,6 +50,9 @@ type Config struct {
 	Instances Instances
 	// Assets offers the Remote Asset API; nil does not.
 	Assets *Assets
+	// Chunks are the parameters by which blobs are split into chunks, which Params.Validate checks; nil
+	// offers neither splitting nor splicing.
+	Chunks *chunking.Params
 	// ExecEnabled offers remote execution; without it the farm is a cache.
 	ExecEnabled bool
 }
@@ -88,8 +92,12 @@ func (s *Server) register() {
 	cfg, limits := s.cfg, s.cfg.Limits
 	in := &inliner{blobs: cfg.Blobs, limits: limits}
 	ans := &answers{blobs: cfg.Blobs, inline: in, limits: limits}
-	repb.RegisterCapabilitiesServer(s.grpc, &capabilities{limits: limits, updates: cfg.AllowActionCacheUpdates, execute: cfg.ExecEnabled})
-	repb.RegisterContentAddressableStorageServer(s.grpc, newContent(cfg.Blobs, limits, s.metrics))
+	repb.RegisterCapabilitiesServer(s.grpc, &capabilities{
+		limits: limits, updates: cfg.AllowActionCacheUpdates, execute: cfg.ExecEnabled, chunks: cfg.Chunks,
+	})
+	blobs := newContent(cfg.Blobs, limits, s.metrics)
+	blobs.chunks = newChunker(cfg.Blobs, limits, cfg.Chunks)
+	repb.RegisterContentAddressableStorageServer(s.grpc, blobs)
 	bytestream.RegisterByteStreamServer(s.grpc, newByteStream(cfg.Blobs, limits, s.metrics))
 	results := &actionCache{
 		actions: cfg.Actions, blobs: cfg.Blobs, inline: in, limits: limits, metrics: s.metrics, updates: cfg.AllowActionCacheUpdates,

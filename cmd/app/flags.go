@@ -15,6 +15,7 @@ import (
 	"github.com/dustin/go-humanize"
 
 	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cas/chunking"
 	"github.com/jetfarm/jetfarm/cmd/run"
 	"github.com/jetfarm/jetfarm/frontend"
 )
@@ -110,6 +111,7 @@ type serveFlags struct {
 	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
 	HTTPOpaqueResults  bool     `name:"http-opaque-results" help:"Let clients of the HTTP cache keep values below /ac/ that are no ActionResult, as ccache does." default:"false"`
 	ACSize             size     `name:"ac-size" help:"Most bytes of action results; those that were not used for the longest time give way." default:"1GiB" env:"JETFARM_AC_SIZE"`
+	ChunkSize          size     `name:"chunk-size" help:"Average size of the chunks into which clients that ask for it split large blobs, a power of two from 1KiB to 8MiB. Chunks are stored beside the blobs. 0 offers no chunks." default:"512KiB"`
 	Instance           []string `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
 }
 
@@ -125,8 +127,21 @@ func (f *serveFlags) farm(replicas int) farmConfig {
 	return farmConfig{replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory, compression: f.CASCompression}
 }
 
+// chunks are the parameters of chunks, or nil.
+func (f *serveFlags) chunks() *chunking.Params {
+	if f.ChunkSize == 0 {
+		return nil
+	}
+	return &chunking.Params{Average: int(f.ChunkSize)}
+}
+
 // checkSizes reports bounds that cannot work.
 func (f *serveFlags) checkSizes() error {
+	if chunks := f.chunks(); chunks != nil {
+		if err := chunks.Validate(); err != nil {
+			return run.UsageError{Err: fmt.Errorf("--chunk-size: %w", err)}
+		}
+	}
 	if f.ACSize < minACSize {
 		return run.UsageError{Err: fmt.Errorf("--ac-size %d bytes is less than %s", f.ACSize, humanize.IBytes(uint64(minACSize)))}
 	}

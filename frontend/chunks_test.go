@@ -1,0 +1,483 @@
+package frontend_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+	"time"
+
+	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/genproto/googleapis/bytestream"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cas/chunking"
+	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/frontend"
+)
+
+// smallChunks are parameters with which little data has many chunks.
+var smallChunks = chunking.Params{Average: 16 << 10}
+
+func withChunks(p chunking.Params) func(*frontend.Config) {
+	return func(c *frontend.Config) { c.Chunks = &p }
+}
+
+// mapping calls GetChunkMapping and returns all messages.
+func (h *harness) mapping(ctx context.Context, req *repb.GetChunkMappingRequest) ([]*repb.GetChunkMappingResponse, error) {
+	stream, err := h.cas.GetChunkMapping(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	var pages []*repb.GetChunkMappingResponse
+	for {
+		page, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return pages, nil
+		}
+		if err != nil {
+			return pages, err
+		}
+		pages = append(pages, page)
+	}
+}
+
+// chunksOf splits a blob with both calls, which have to agree.
+func (h *harness) chunksOf(t *testing.T, d digest.Digest) []*repb.Digest {
+	t.Helper()
+	f := d.Space().Function().Proto()
+	split, err := h.cas.SplitBlob(t.Context(), &repb.SplitBlobRequest{BlobDigest: d.Proto(), DigestFunction: f, InstanceName: d.Space().Instance()})
+	if err != nil {
+		t.Fatalf("SplitBlob: %v", err)
+	}
+	pages, err := h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto(), DigestFunction: f, InstanceName: d.Space().Instance()})
+	if err != nil || len(pages) == 0 || pages[0].GetChunkingFunction() != repb.ChunkingFunction_FAST_CDC_2020 || split.GetChunkingFunction() != repb.ChunkingFunction_FAST_CDC_2020 {
+		t.Fatalf("GetChunkMapping: %d messages, %v", len(pages), err)
+	}
+	var mapped []*repb.Digest
+	for i, page := range pages {
+		if i > 0 && page.GetChunkingFunction() != 0 {
+			t.Errorf("message %d names the function again", i)
+		}
+		mapped = append(mapped, page.GetChunkDigests()...)
+	}
+	if diff := diffLists(split.GetChunkDigests(), mapped); diff != "" {
+		t.Fatalf("SplitBlob and GetChunkMapping differ:\n%s", diff)
+	}
+	return mapped
+}
+
+func diffLists(a, b []*repb.Digest) string {
+	text := func(ds []*repb.Digest) (out []string) {
+		for _, d := range ds {
+			out = append(out, fmt.Sprintf("%s/%d", d.GetHash(), d.GetSizeBytes()))
+		}
+		return out
+	}
+	return cmp.Diff(text(a), text(b))
+}
+
+func TestSplit(t *testing.T) {
+	h := start(t, withChunks(smallChunks))
+	for _, f := range digest.Functions() {
+		space := must(digest.SpaceOf("split/it", f.Proto(), ""))
+		for _, size := range []int{0, 1, 4 << 10, 16 << 10, 64<<10 + 1, 3<<20 + 7} {
+			t.Run(fmt.Sprintf("CHK-2 CHK-3 CHK-4 CHK-20 %d bytes of %v", size, f), func(t *testing.T) {
+				data := random(size)
+				d := must(cas.PutBytes(t.Context(), h.blobs, space, data))
+				var whole []byte
+				for i, m := range h.chunksOf(t, d) {
+					chunk, err := space.Parse(m)
+					if err != nil || chunk.Size() == 0 || chunk.Size() > int64(smallChunks.Max()) {
+						t.Fatalf("chunk %d is %v, %v", i, m, err)
+					}
+					got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: chunk.String()})
+					if err != nil {
+						t.Fatalf("Read(%v): %v", chunk, err)
+					}
+					whole = append(whole, got...)
+				}
+				if !bytes.Equal(whole, data) {
+					t.Errorf("the chunks have %d bytes that differ from the %d of the blob", len(whole), size)
+				}
+			})
+		}
+	}
+	t.Run("CHK-5 CHK-8 GEN-11 X-6 wrong requests", func(t *testing.T) {
+		sha := repb.DigestFunction_SHA256
+		present := h.put(t, random(100))
+		for what, test := range map[string]struct {
+			req  *repb.GetChunkMappingRequest
+			code codes.Code
+		}{
+			"absent":           {&repb.GetChunkMappingRequest{BlobDigest: absent().Proto(), DigestFunction: sha}, codes.NotFound},
+			"impossible":       {&repb.GetChunkMappingRequest{BlobDigest: impossibleDigest.Proto(), DigestFunction: sha}, codes.NotFound},
+			"other instance":   {&repb.GetChunkMappingRequest{BlobDigest: present.Proto(), DigestFunction: sha, InstanceName: "x"}, codes.NotFound},
+			"any function":     {&repb.GetChunkMappingRequest{BlobDigest: present.Proto(), DigestFunction: sha, ChunkingFunction: 77}, codes.OK},
+			"other function":   {&repb.GetChunkMappingRequest{BlobDigest: present.Proto(), DigestFunction: sha, ChunkingFunction: repb.ChunkingFunction_REP_MAX_CDC}, codes.OK},
+			"no digest":        {&repb.GetChunkMappingRequest{DigestFunction: sha}, codes.InvalidArgument},
+			"unknown function": {&repb.GetChunkMappingRequest{BlobDigest: present.Proto(), DigestFunction: 77}, codes.InvalidArgument},
+		} {
+			_, err := h.mapping(t.Context(), test.req)
+			wantCode(t, "GetChunkMapping, "+what, err, test.code)
+			_, err = h.cas.SplitBlob(t.Context(), &repb.SplitBlobRequest{
+				BlobDigest: test.req.GetBlobDigest(), DigestFunction: test.req.GetDigestFunction(), InstanceName: test.req.GetInstanceName(), ChunkingFunction: test.req.GetChunkingFunction(),
+			})
+			wantCode(t, "SplitBlob, "+what, err, test.code)
+		}
+		for row, bad := range badDigests() {
+			_, err := h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: bad, DigestFunction: sha})
+			wantCode(t, row, err, codes.InvalidArgument)
+		}
+	})
+	t.Run("CHK-18 no digest function", func(t *testing.T) {
+		d := h.put(t, random(100))
+		_, err := h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto()})
+		wantCode(t, "GetChunkMapping", err, codes.InvalidArgument)
+		if _, err := h.cas.SplitBlob(t.Context(), &repb.SplitBlobRequest{BlobDigest: d.Proto()}); err != nil {
+			t.Errorf("SplitBlob: %v", err)
+		}
+	})
+}
+
+// A list is as long as the blob asks for; a message is not.
+func TestSplitLongLists(t *testing.T) {
+	h := start(t, withChunks(chunking.Params{Average: 1 << 10}), func(c *frontend.Config) {
+		c.Limits.MaxResponseBytes, c.Limits.MaxBatchBytes, c.Limits.MaxDigests, c.Limits.MaxResultBytes = 256<<10, 250<<10, 2000, 128<<10
+		c.Limits.MaxChunks, c.Limits.ChunkCalls = 15_000, 1
+	})
+	get := func(d digest.Digest) ([]*repb.GetChunkMappingResponse, error) {
+		return h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto(), DigestFunction: repb.DigestFunction_SHA256})
+	}
+	d := h.put(t, random(10<<20))
+	t.Run("CHK-17 pages", func(t *testing.T) {
+		for range 2 { // computed, and remembered
+			pages, err := get(d)
+			total := 0
+			for _, page := range pages {
+				total += len(page.GetChunkDigests())
+				if proto.Size(page) > 4<<20-64<<10 {
+					t.Errorf("a message of %d bytes", proto.Size(page))
+				}
+			}
+			if err != nil || len(pages) < 2 || total < 6000 {
+				t.Errorf("%d chunks in %d messages, %v", total, len(pages), err)
+			}
+		}
+	})
+	t.Run("GEN-27 too long for one message", func(t *testing.T) {
+		_, err := h.cas.SplitBlob(t.Context(), &repb.SplitBlobRequest{BlobDigest: d.Proto()})
+		wantCode(t, "SplitBlob", err, codes.ResourceExhausted, "GetChunkMapping")
+	})
+	t.Run("CHK-21 too many chunks", func(t *testing.T) {
+		_, err := get(h.put(t, random(20<<20)))
+		wantCode(t, "GetChunkMapping", err, codes.ResourceExhausted, "15000")
+	})
+}
+
+// What goes wrong in the store has the code of its own.
+func TestSplitFailures(t *testing.T) {
+	memory := castest.NewMemory()
+	var plan func(castest.Op, digest.Digest) castest.Fault
+	faulty := &castest.Faulty{Store: memory, Plan: func(op castest.Op, d digest.Digest) castest.Fault {
+		if plan == nil {
+			return castest.Fault{}
+		}
+		return plan(op, d)
+	}}
+	h := start(t, withChunks(smallChunks), func(c *frontend.Config) { c.Blobs = faulty })
+	d := h.put(t, random(1<<20))
+	split := func() error {
+		_, err := h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto(), DigestFunction: repb.DigestFunction_SHA256})
+		return err
+	}
+	t.Run("CHK-6 no room", func(t *testing.T) {
+		plan = func(op castest.Op, _ digest.Digest) castest.Fault {
+			if op == castest.OpPut {
+				return castest.Fault{After: -1, Err: cas.ErrFull}
+			}
+			return castest.Fault{}
+		}
+		wantCode(t, "GetChunkMapping", split(), codes.ResourceExhausted)
+	})
+	t.Run("RD-13 a damaged blob", func(t *testing.T) {
+		plan = nil
+		bad := random(1 << 20)
+		memory.Corrupt(d, bad)
+		wantCode(t, "GetChunkMapping", split(), codes.DataLoss)
+	})
+	t.Run("CHK-5 CHK-19 chunks that were evicted come back", func(t *testing.T) {
+		d := h.put(t, random(1<<20))
+		chunks := h.chunksOf(t, d)
+		gone := must(space.Parse(chunks[3]))
+		memory.Remove(gone)
+		if diff := diffLists(chunks, h.chunksOf(t, d)); diff != "" {
+			t.Errorf("another list:\n%s", diff)
+		}
+		if h.missing(t, gone) {
+			t.Error("a chunk is missing after GetChunkMapping")
+		}
+		memory.Remove(d)
+		_, err := h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto(), DigestFunction: repb.DigestFunction_SHA256})
+		wantCode(t, "GetChunkMapping without the blob", err, codes.NotFound)
+	})
+}
+
+// splice calls SpliceBlob.
+func (h *harness) splice(ctx context.Context, d digest.Digest, chunks ...*repb.Digest) error {
+	resp, err := h.cas.SpliceBlob(ctx, &repb.SpliceBlobRequest{
+		BlobDigest: d.Proto(), ChunkDigests: chunks, DigestFunction: d.Space().Function().Proto(), InstanceName: d.Space().Instance(),
+	})
+	if err == nil && !proto.Equal(resp.GetBlobDigest(), d.Proto()) {
+		return fmt.Errorf("blob_digest is %v", resp.GetBlobDigest())
+	}
+	return err
+}
+
+// registerMessages sends messages and half-closes.
+func (h *harness) registerMessages(ctx context.Context, messages ...*repb.RegisterChunkMappingRequest) (*repb.RegisterChunkMappingResponse, error) {
+	stream, err := h.cas.RegisterChunkMapping(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range messages {
+		if err := stream.Send(m); err != nil {
+			break // CloseAndRecv has the reason.
+		}
+	}
+	return stream.CloseAndRecv()
+}
+
+// register is splice with RegisterChunkMapping, a few chunks in a message.
+func (h *harness) register(ctx context.Context, d digest.Digest, chunks ...*repb.Digest) error {
+	messages := []*repb.RegisterChunkMappingRequest{{BlobDigest: d.Proto(), DigestFunction: d.Space().Function().Proto(), InstanceName: d.Space().Instance()}}
+	for ; len(chunks) > 0; chunks = chunks[min(3, len(chunks)):] {
+		messages = append(messages, &repb.RegisterChunkMappingRequest{ChunkDigests: chunks[:min(3, len(chunks))]})
+	}
+	resp, err := h.registerMessages(ctx, messages...)
+	if err == nil && !proto.Equal(resp.GetBlobDigest(), d.Proto()) {
+		return fmt.Errorf("blob_digest is %v", resp.GetBlobDigest())
+	}
+	return err
+}
+
+func TestSplice(t *testing.T) {
+	h := start(t, withChunks(smallChunks), func(c *frontend.Config) {
+		c.Limits.MaxChunks, c.Limits.MaxBlobBytes = 50, 8<<20
+		c.Instances = frontend.Instances{"", "in"}
+	})
+	for call, splice := range map[string]func(context.Context, digest.Digest, ...*repb.Digest) error{"SpliceBlob": h.splice, "RegisterChunkMapping": h.register} {
+		parts := [][]byte{random(100), random(700_000), random(1), random(1 << 20), random(3)}
+		upload := func(space digest.Space) (chunks []*repb.Digest, whole digest.Digest, data []byte) {
+			for _, part := range parts {
+				chunks = append(chunks, must(cas.PutBytes(t.Context(), h.blobs, space, part)).Proto())
+			}
+			data = bytes.Join(parts, nil)
+			return chunks, space.Of(data), data
+		}
+		for _, f := range digest.Functions() {
+			t.Run(fmt.Sprintf("CHK-9 CHK-11 %s in %v", call, f), func(t *testing.T) {
+				chunks, whole, data := upload(must(digest.SpaceOf("in", f.Proto(), "")))
+				for range 2 {
+					if err := splice(t.Context(), whole, chunks...); err != nil {
+						t.Fatal(err)
+					}
+				}
+				got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: whole.String()})
+				if err != nil || !bytes.Equal(got, data) {
+					t.Errorf("%d bytes, %v", len(got), err)
+				}
+			})
+		}
+		parts[0] = random(100)
+		chunks, whole, _ := upload(space)
+		swapped := []*repb.Digest{chunks[1], chunks[0], chunks[2], chunks[3], chunks[4]}
+		long := make([]*repb.Digest, 51)
+		for i := range long {
+			long[i] = chunks[2]
+		}
+		lost := absent()
+		for name, test := range map[string]struct {
+			blob   digest.Digest
+			chunks []*repb.Digest
+			code   codes.Code
+		}{
+			"CHK-9 wrong order":           {whole, swapped, codes.InvalidArgument},
+			"CHK-10 a chunk is missing":   {space.Of(random(116)), []*repb.Digest{chunks[0], lost.Proto()}, codes.NotFound},
+			"CHK-21 too short":            {whole, chunks[:4], codes.InvalidArgument},
+			"CHK-21 too long":             {whole, append(chunks[:5:5], chunks[2]), codes.InvalidArgument},
+			"CHK-21 sum overflows":        {whole, []*repb.Digest{must(space.New(lost.Hash(), 1<<62)).Proto(), must(space.New(lost.Hash(), 1<<62)).Proto(), must(space.New(lost.Hash(), 1<<62)).Proto()}, codes.InvalidArgument},
+			"CHK-21 too many":             {must(space.New(whole.Hash(), 51)), long, codes.ResourceExhausted},
+			"CHK-21 no chunks":            {whole, nil, codes.InvalidArgument},
+			"GEN-16 chunk of another":     {whole, append(chunks[:4:4], must(digest.SpaceOf("", repb.DigestFunction_SHA1, "")).Of(parts[4]).Proto()), codes.InvalidArgument},
+			"GEN-11 a chunk is nil":       {whole, append(chunks[:4:4], nil), codes.InvalidArgument},
+			"GEN-21 impossible blob":      {impossibleDigest, nil, codes.InvalidArgument},
+			"CAP-11 above the limit":      {must(space.New(whole.Hash(), 8<<20+1)), chunks, codes.InvalidArgument},
+			"GEN-21 the chunk impossible": {whole, append(chunks[:5:5], impossibleDigest.Proto()), codes.NotFound},
+		} {
+			t.Run(name+" "+call, func(t *testing.T) {
+				wantCode(t, call, splice(t.Context(), test.blob, test.chunks...), test.code)
+				if !h.missing(t, test.blob) {
+					t.Error("the blob is there")
+				}
+			})
+		}
+		t.Run("GEN-20 the empty blob "+call, func(t *testing.T) {
+			if err := splice(t.Context(), space.Of(nil)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestRegisterChunkMapping(t *testing.T) {
+	h := start(t, withChunks(smallChunks), func(c *frontend.Config) { c.Instances = frontend.Instances{"in"} })
+	space := must(digest.SpaceOf("in", repb.DigestFunction_SHA256, ""))
+	sha := repb.DigestFunction_SHA256
+	upload := func() (a, b *repb.Digest, whole digest.Digest) {
+		first, second := random(1000), random(2000)
+		a, b = must(cas.PutBytes(t.Context(), h.blobs, space, first)).Proto(), must(cas.PutBytes(t.Context(), h.blobs, space, second)).Proto()
+		return a, b, space.Of(append(first, second...))
+	}
+	t.Run("CHK-13 CHK-15 only the first message says what it is", func(t *testing.T) {
+		a, b, whole := upload()
+		resp, err := h.registerMessages(t.Context(),
+			&repb.RegisterChunkMappingRequest{InstanceName: "in", BlobDigest: whole.Proto(), DigestFunction: sha},
+			&repb.RegisterChunkMappingRequest{InstanceName: "other", BlobDigest: absent().Proto(), DigestFunction: 77, ChunkDigests: []*repb.Digest{a}},
+			&repb.RegisterChunkMappingRequest{},
+			&repb.RegisterChunkMappingRequest{ChunkDigests: []*repb.Digest{b}})
+		if err != nil || !proto.Equal(resp.GetBlobDigest(), whole.Proto()) || h.missing(t, whole) {
+			t.Errorf("RegisterChunkMapping = %v, %v", resp, err)
+		}
+	})
+	t.Run("CHK-14 the first message is wrong", func(t *testing.T) {
+		a, b, whole := upload()
+		chunks := []*repb.Digest{a, b}
+		for what, messages := range map[string][]*repb.RegisterChunkMappingRequest{
+			"none":        nil,
+			"no digest":   {{InstanceName: "in", DigestFunction: sha, ChunkDigests: chunks}},
+			"no function": {{InstanceName: "in", BlobDigest: whole.Proto(), ChunkDigests: chunks}},
+			"digest later": {
+				{InstanceName: "in", DigestFunction: sha}, {BlobDigest: whole.Proto(), ChunkDigests: chunks},
+			},
+			"function later": {
+				{InstanceName: "in", BlobDigest: whole.Proto()}, {DigestFunction: sha, ChunkDigests: chunks},
+			},
+			"instance later": {
+				{BlobDigest: whole.Proto(), DigestFunction: sha}, {InstanceName: "in", ChunkDigests: chunks},
+			},
+		} {
+			_, err := h.registerMessages(t.Context(), messages...)
+			wantCode(t, what, err, codes.InvalidArgument)
+		}
+		if !h.missing(t, whole) {
+			t.Error("the blob is there")
+		}
+	})
+	t.Run("CHK-16 cancelled before the half-close", func(t *testing.T) {
+		a, b, whole := upload()
+		ctx, cancel := context.WithCancel(t.Context())
+		stream, err := h.cas.RegisterChunkMapping(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.Send(&repb.RegisterChunkMappingRequest{InstanceName: "in", BlobDigest: whole.Proto(), DigestFunction: sha, ChunkDigests: []*repb.Digest{a, b}}); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		_, err = stream.CloseAndRecv()
+		wantCode(t, "CloseAndRecv", err, codes.Canceled)
+		eventually(t, "the call ends", func() bool { return handlers() == 0 })
+		if !h.missing(t, whole) {
+			t.Error("the blob is there")
+		}
+	})
+}
+
+// Rows for streams of chunks: neither silence nor empty messages hold a call.
+func TestRegisterChunkMappingStalls(t *testing.T) {
+	h := start(t, withChunks(smallChunks), func(c *frontend.Config) {
+		c.Limits.Stall, c.Limits.NoData = 300*time.Millisecond, 200*time.Millisecond
+	})
+	first := &repb.RegisterChunkMappingRequest{BlobDigest: absent().Proto(), DigestFunction: repb.DigestFunction_SHA256}
+	t.Run("X-29 silence", func(t *testing.T) {
+		stream, err := h.cas.RegisterChunkMapping(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.Send(first); err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, "RecvMsg", stream.RecvMsg(&repb.RegisterChunkMappingResponse{}), codes.DeadlineExceeded)
+	})
+	t.Run("X-32 empty messages", func(t *testing.T) {
+		stream, err := h.cas.RegisterChunkMapping(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		empty := &repb.RegisterChunkMappingRequest{}
+		for m := first; stream.Send(m) == nil; m = empty {
+		}
+		wantCode(t, "RecvMsg", stream.RecvMsg(&repb.RegisterChunkMappingResponse{}), codes.DeadlineExceeded, "empty")
+	})
+}
+
+// A chunk that is damaged, or for which there is no room, is not the client's fault.
+func TestSpliceFailures(t *testing.T) {
+	memory := castest.NewMemory()
+	faulty := &castest.Faulty{Store: memory, Plan: func(op castest.Op, d digest.Digest) castest.Fault {
+		if op == castest.OpPut && d.Size() == 3000 {
+			return castest.Fault{After: 2500, Err: cas.ErrFull}
+		}
+		return castest.Fault{}
+	}}
+	h := start(t, withChunks(smallChunks), func(c *frontend.Config) { c.Blobs = faulty })
+	a, b := random(1000), random(2000)
+	da, db, whole := h.put(t, a), h.put(t, b), space.Of(bytes.Join([][]byte{a, b}, nil))
+	t.Run("CHK-12 no room", func(t *testing.T) {
+		wantCode(t, "SpliceBlob", h.splice(t.Context(), whole, da.Proto(), db.Proto()), codes.ResourceExhausted)
+	})
+	t.Run("RD-13 a damaged chunk", func(t *testing.T) {
+		memory.Corrupt(da, random(1000))
+		wantCode(t, "SpliceBlob", h.splice(t.Context(), whole, da.Proto(), db.Proto()), codes.DataLoss)
+	})
+}
+
+func TestChunkCapabilities(t *testing.T) {
+	settings := map[string]*chunking.Params{"on": {Average: 1 << 20, Seed: 7}, "off": nil}
+	for name, params := range settings {
+		t.Run("CAP-17 CAP-18 CHK-1 chunks are "+name, func(t *testing.T) {
+			h := start(t, func(c *frontend.Config) { c.Chunks = params })
+			caps, err := h.caps.GetCapabilities(t.Context(), &repb.GetCapabilitiesRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			cache, high := caps.GetCacheCapabilities(), caps.GetHighApiVersion()
+			if on := params != nil; cache.GetSplitBlobSupport() != on || cache.GetSpliceBlobSupport() != on || (cache.GetFastCdc_2020Params() != nil) != on {
+				t.Errorf("capabilities are %v", cache)
+			}
+			if high.GetMajor() != 2 || high.GetMinor() != 13 || cache.GetRepMaxCdcParams() != nil {
+				t.Errorf("high_api_version is %v", high)
+			}
+			d := h.put(t, random(100))
+			_, errSplit := h.cas.SplitBlob(t.Context(), &repb.SplitBlobRequest{BlobDigest: d.Proto()})
+			_, errGet := h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto(), DigestFunction: repb.DigestFunction_SHA256})
+			errSplice, errRegister := h.splice(t.Context(), d, d.Proto()), h.register(t.Context(), d, d.Proto())
+			code := codes.OK
+			if params == nil {
+				code = codes.Unimplemented
+			} else if p := cache.GetFastCdc_2020Params(); p.GetAvgChunkSizeBytes() != 1<<20 || p.GetSeed() != 7 {
+				t.Errorf("parameters are %v", p)
+			}
+			for i, err := range []error{errSplit, errGet, errSplice, errRegister} {
+				wantCode(t, fmt.Sprintf("call %d", i), err, code)
+			}
+		})
+	}
+}
