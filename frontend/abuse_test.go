@@ -38,7 +38,7 @@ func TestHugeSizes(t *testing.T) {
 
 func TestManyReaders(t *testing.T) {
 	h := start(t)
-	data := random(4 << 20)
+	data := random(1 << 20)
 	d := h.put(t, data)
 	t.Run("X-47 a hundred readers of one blob", func(t *testing.T) {
 		var g errgroup.Group

@@ -99,15 +99,10 @@ func (m *writeRequest) fields(first []byte, total int) (head int, ok bool) {
 			}
 			m.name = string(name)
 			head += n
-		case (number == fieldOffset || number == fieldFinish) && kind == protowire.VarintType:
+		case kind == protowire.VarintType:
 			value, n := protowire.ConsumeVarint(first[head:])
-			if n < 0 {
+			if n < 0 || !m.number(number, value) {
 				return 0, false
-			}
-			if number == fieldOffset {
-				m.offset = int64(value) //nolint:gosec // how protobuf encodes an int64
-			} else {
-				m.finish = protowire.DecodeBool(value)
 			}
 			head += n
 		default:
@@ -115,6 +110,19 @@ func (m *writeRequest) fields(first []byte, total int) (head int, ok bool) {
 		}
 	}
 	return head, head == total
+}
+
+// number takes a field that is a number, or returns false for one that it does not know.
+func (m *writeRequest) number(field protowire.Number, value uint64) bool {
+	switch field {
+	case fieldOffset:
+		m.offset = int64(value) //nolint:gosec // how protobuf encodes an int64
+	case fieldFinish:
+		m.finish = protowire.DecodeBool(value)
+	default:
+		return false
+	}
+	return true
 }
 
 // decode is unmarshal for a message of any form.
@@ -166,7 +174,7 @@ func (p *chunkPool) Put(b *[]byte) {
 const smallCopy = 32 << 10
 
 // cut returns the first n bytes of a buffer of the pool as one to send.
-func (p *chunkPool) cut(b *[]byte, n int) mem.Buffer {
+func (p *chunkPool) cut(b *[]byte, n int) mem.Buffer { //nolint:ireturn // the library has no type for it
 	if n <= smallCopy {
 		small := p.copyOf((*b)[:n])
 		p.Put(b)
@@ -177,7 +185,7 @@ func (p *chunkPool) cut(b *[]byte, n int) mem.Buffer {
 }
 
 // copyOf returns a buffer with the bytes of p, which has at most the pool's size.
-func (p *chunkPool) copyOf(data []byte) mem.Buffer {
+func (p *chunkPool) copyOf(data []byte) mem.Buffer { //nolint:ireturn // the library has no type for it
 	if len(data) <= smallCopy {
 		return mem.SliceBuffer(bytes.Clone(data))
 	}

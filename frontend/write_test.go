@@ -226,10 +226,10 @@ func TestWR_19_WR_33_X_35_X_36_RacingWriters(t *testing.T) {
 			sent[i] ^= 1
 		}
 		name, body := shared, sent
-		switch {
-		case i%3 == 1:
+		switch i % 3 {
+		case 1:
 			name = uploadName(d)
-		case i%3 == 2:
+		case 2:
 			name, body = packedName(d), pack(sent)
 		}
 		g.Go(func() error {

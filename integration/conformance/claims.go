@@ -27,8 +27,37 @@ func FindClaims(root fs.FS, rows []Row) (Claims, error) {
 	for _, row := range rows {
 		known[row.ID], families[row.Family()] = true, true
 	}
+	packages, err := testFunctions(root)
+	if err != nil {
+		return nil, err
+	}
+	claims := make(Claims)
+	for _, found := range packages {
+		for _, f := range found {
+			for _, id := range f.rows {
+				family, _, _ := strings.Cut(id, "-")
+				switch {
+				case known[id]:
+					claims[id] = append(claims[id], testsOf(f, found)...)
+				case families[family]:
+					return nil, fmt.Errorf("%s: %s names %s, which is not in rows.txt", f.File, f.Name, id)
+				}
+			}
+		}
+	}
+	for id, tests := range claims {
+		slices.SortFunc(tests, func(a, b Test) int {
+			return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Name, b.Name))
+		})
+		claims[id] = slices.Compact(tests)
+	}
+	return claims, nil
+}
+
+// testFunctions returns the functions of all test files by their folders.
+func testFunctions(root fs.FS) (map[string][]function, error) {
 	packages := make(map[string][]function)
-	err := fs.WalkDir(root, ".", func(name string, entry fs.DirEntry, err error) error {
+	return packages, fs.WalkDir(root, ".", func(name string, entry fs.DirEntry, err error) error {
 		switch {
 		case err != nil:
 			return err
@@ -41,31 +70,6 @@ func FindClaims(root fs.FS, rows []Row) (Claims, error) {
 		packages[path.Dir(name)] = append(packages[path.Dir(name)], found...)
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	claims := make(Claims)
-	for _, found := range packages {
-		for _, f := range found {
-			for _, id := range f.rows {
-				family, _, _ := strings.Cut(id, "-")
-				if !families[family] {
-					continue
-				}
-				if !known[id] {
-					return nil, fmt.Errorf("%s: %s names %s, which is not in rows.txt", f.File, f.Name, id)
-				}
-				claims[id] = append(claims[id], testsOf(f, found)...)
-			}
-		}
-	}
-	for id, tests := range claims {
-		slices.SortFunc(tests, func(a, b Test) int {
-			return cmp.Or(cmp.Compare(a.File, b.File), cmp.Compare(a.Name, b.Name))
-		})
-		claims[id] = slices.Compact(tests)
-	}
-	return claims, nil
 }
 
 // skipped tells folders whose tests claim nothing: a rule of the protocol is proved from outside of the
