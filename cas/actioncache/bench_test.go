@@ -27,14 +27,13 @@ func BenchmarkGet(b *testing.B) {
 		}
 	})
 	b.Run("memory", func(b *testing.B) {
-		y := &fixture{memory: x.memory, store: x.store, space: x.space}
-		cfg := actioncache.Config{Conn: x.nc, Blobs: y.store, Log: slog.New(slog.DiscardHandler)}
+		cfg := actioncache.Config{Conn: x.nc, Blobs: x.store, Log: slog.New(slog.DiscardHandler)}
 		remember(&cfg)
-		var err error
-		if y.Cache, err = actioncache.Open(b.Context(), cfg); err != nil {
+		y, err := actioncache.Open(b.Context(), cfg)
+		if err != nil {
 			b.Fatal(err)
 		}
-		run(b, y.Cache)
+		run(b, y)
 		b.ReportAllocs()
 		for b.Loop() {
 			if _, err := y.Get(b.Context(), a); err != nil {

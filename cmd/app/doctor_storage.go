@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/jetfarm/jetfarm/cas"
-	"github.com/jetfarm/jetfarm/cas/actioncache"
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
@@ -45,11 +44,11 @@ func (b *patient) storage(ctx context.Context, p *process, e *exam) {
 		return
 	}
 	b.probe(ctx, e, s, space)
-	actions, err := actioncache.Open(ctx, actioncache.Config{Conn: s.connections[0], Blobs: s.blobs, Replicas: s.replicas, Log: p.log})
+	results, err := s.js.Stream(ctx, actionStream)
 	if err == nil {
-		_, err = actions.Get(ctx, space.Of([]byte(rand.Text())))
+		_, err = results.GetLastMsgForSubject(ctx, "$KV."+strings.TrimPrefix(actionStream, "KV_")+".none")
 	}
-	if err != nil && !errors.Is(err, actioncache.ErrNotFound) {
+	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
 		e.fail("action cache", "read the server's log", "it does not answer: %v", err)
 	} else {
 		e.ok("action cache", "it answers")

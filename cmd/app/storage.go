@@ -89,7 +89,6 @@ type storage struct {
 	connections []*nats.Conn
 	js          jetstream.JetStream
 	blobs       *objectstore.Store
-	replicas    int // of the streams
 }
 
 // connect opens connections to the farm's broker without waiting for it to come up.
@@ -153,7 +152,6 @@ func (s *storage) open(ctx context.Context, p *process) (err error) {
 	case replicas == 0:
 		return errNoFarm
 	}
-	s.replicas = replicas
 	s.blobs, err = objectstore.Open(ctx, objectstore.Config{
 		Small: s.connections[0], Bulk: s.connections[1], Replicas: replicas, Log: p.log,
 	})
