@@ -22,9 +22,10 @@ const maxAssetFlights = 1000
 // a context of its own, and ends when the last caller has cancelled. Callers that merely ran out of
 // time leave it running: they come again for what it brings (row AST-8), and its own timeout ends it.
 type assetFlights struct {
-	mu     sync.Mutex // guards open, closed and the flights' waiting
-	open   map[string]*assetFlight
-	closed bool
+	mu      sync.Mutex              // guards all below and the flights' waiting
+	open    map[string]*assetFlight // those that can be joined
+	running map[*assetFlight]struct{}
+	closed  bool
 }
 
 type assetFlight struct {
@@ -35,7 +36,9 @@ type assetFlight struct {
 	err     error
 }
 
-func newAssetFlights() *assetFlights { return &assetFlights{open: make(map[string]*assetFlight)} }
+func newAssetFlights() *assetFlights {
+	return &assetFlights{open: make(map[string]*assetFlight), running: make(map[*assetFlight]struct{})}
+}
 
 // join takes part in the flight of this key, or makes it with fetch. The one who makes it returns when
 // it has ended.
@@ -50,13 +53,13 @@ func (f *assetFlights) join(ctx context.Context, key string, fetch func(context.
 		f.mu.Unlock()
 		return f.wait(ctx, key, flight)
 	}
-	if len(f.open) >= maxAssetFlights {
+	if len(f.running) >= maxAssetFlights {
 		f.mu.Unlock()
 		return assetOutcome{}, errDownloads
 	}
 	own, cancel := context.WithCancelCause(context.WithoutCancel(ctx)) //nolint:forbidigo // it ends with its last caller, its timeout or close
 	flight := &assetFlight{waiting: 1, cancel: cancel, done: make(chan struct{}), err: errPanic}
-	f.open[key] = flight
+	f.open[key], f.running[flight] = flight, struct{}{}
 	f.mu.Unlock()
 	defer context.AfterFunc(ctx, func() { f.leave(ctx, key, flight) })()
 	defer func() {
@@ -64,6 +67,7 @@ func (f *assetFlights) join(ctx context.Context, key string, fetch func(context.
 		if f.open[key] == flight {
 			delete(f.open, key)
 		}
+		delete(f.running, flight)
 		f.mu.Unlock()
 		cancel(nil)
 		close(flight.done)
@@ -104,12 +108,12 @@ func outOfTime(ctx context.Context) bool {
 	return ok && time.Until(deadline) < slack
 }
 
-// close ends all flights and waits for those that can still be joined.
+// close ends all flights and waits for them.
 func (f *assetFlights) close() {
 	f.mu.Lock()
 	f.closed = true
 	var all []*assetFlight
-	for _, flight := range f.open {
+	for flight := range f.running {
 		flight.cancel(errDraining)
 		all = append(all, flight)
 	}

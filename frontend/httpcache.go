@@ -5,12 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"net/netip"
 	"strconv"
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/jetfarm/jetfarm/cas"
@@ -79,8 +82,12 @@ func (s *Server) guardHTTP(ctx context.Context, serve func() error) (err error) 
 
 // failHTTP answers with an error if nothing was answered yet, and logs it.
 func (s *Server) failHTTP(a *httpAnswer, r *http.Request, err error) {
-	status := statusOf(endOf(r.Context(), err), 1)
-	s.logFailure(r.Context(), "HTTP "+s.http.http.method(r.Method), status.Code(), err)
+	ctx := r.Context()
+	if from, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		ctx = peer.NewContext(ctx, &peer.Peer{Addr: net.TCPAddrFromAddrPort(from)})
+	}
+	status := statusOf(endOf(ctx, err), 1)
+	s.logFailure(ctx, "HTTP "+s.http.http.method(r.Method), status.Code(), err)
 	if errors.Is(err, errStalled) {
 		s.metrics.stalls.Inc()
 	}
