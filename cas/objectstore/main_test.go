@@ -3,6 +3,7 @@ package objectstore_test
 import (
 	"context"
 	"log/slog"
+	"os"
 	"testing"
 	"time"
 
@@ -18,7 +19,15 @@ import (
 	"github.com/jetfarm/jetfarm/cas/objectstore"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if url := os.Getenv(uploadEnv); url != "" {
+		if err := upload(url); err != nil {
+			panic(err)
+		}
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // config is that of a store on the farm whose small and large blobs travel apart.
 func config(t testing.TB, f *brokertest.Farm) objectstore.Config {
