@@ -313,7 +313,7 @@ func TestCASCollect(t *testing.T) {
 			t.Fatal("nothing is ever dropped")
 		}
 		blob := make([]byte, 4<<20) // of what does not compress
-		rand.Read(blob)             //nolint:errcheck // it never fails
+		rand.Read(blob)
 		o.put(t, blob)
 		before := stored()
 		out, err := o.run(t, "gc")
