@@ -62,7 +62,7 @@ func TestBlobsAreWholeAfterKills(t *testing.T) {
 		if err := clients.Wait(); err != nil {
 			t.Fatalf("round %d: %v", round, err)
 		}
-		u.check(t, dial(t, f.endpoint(t)))
+		t.Run(fmt.Sprintf("WR-29 WR-30 X-43 after kill %d", round), func(t *testing.T) { u.check(t, dial(t, f.endpoint(t))) })
 	}
 }
 
