@@ -122,7 +122,7 @@ func TestSilentUpstream(t *testing.T) {
 // TestSlowUpstream is the other half of audit row 2: a transfer that takes much longer than the bound
 // on stalls lives on while it moves.
 func TestSlowUpstream(t *testing.T) {
-	const stall = time.Second
+	const stall = 2 * time.Second
 	f := startFarm(t)
 	c, p := stalling(t, f, stall)
 	d, data := add(t, f.blobs, 10<<20)
@@ -142,7 +142,7 @@ func TestSlowUpstream(t *testing.T) {
 		if err := transfer(); err != nil {
 			t.Errorf("a slow %s: %v", name, err)
 		}
-		if took := time.Since(begun); took < 2*stall {
+		if took := time.Since(begun); took < stall {
 			t.Errorf("the %s took %v, which is not slow", name, took)
 		}
 	}
@@ -151,13 +151,14 @@ func TestSlowUpstream(t *testing.T) {
 // TestSlowFarm: an upstream is not taken for stalled while this side takes its time.
 func TestSlowFarm(t *testing.T) {
 	f := startFarm(t)
-	c, _ := stalling(t, f, shortStall)
+	const stall = time.Second
+	c, _ := stalling(t, f, stall)
 	d, data := add(t, f.blobs, 16<<20)
 	pause := func(r io.Reader) io.Reader {
 		n := 0
 		return readerFunc(func(p []byte) (int, error) {
-			if n++; n%100 == 1 {
-				<-time.NewTimer(2 * shortStall).C
+			if n++; n%200 == 1 {
+				<-time.NewTimer(stall + stall/2).C
 			}
 			return r.Read(p[:min(len(p), 64<<10)])
 		})
