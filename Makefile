@@ -8,7 +8,7 @@ BENCHTIME  ?= 1s
 COUNT      ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills test-compose conformance clean
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills test-compose conformance soak-cas scale-cas clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,12 @@ test-compose: build ## run deployments/compose.yaml with a docker engine of its 
 
 conformance: ## rewrite docs/CONFORMANCE.md from the names of the tests
 	$(GO) test ./integration/conformance -update
+
+soak-cas: ## write 20 GiB through a store of 1 GiB and check bounds, hot set and latency; 5 minutes
+	JETFARM_SOAK=1 $(GO) test -run '^TestSoakCAS$$' -v -count 1 -timeout 60m ./integration
+
+scale-cas: ## compare a store of 10 000 blobs with one of a million; 3 minutes
+	JETFARM_SCALE=1 $(GO) test -run '^TestScaleCAS$$' -v -count 1 -timeout 60m ./integration
 
 clean: ## remove what build made
 	rm -rf bin

@@ -37,6 +37,8 @@ type Config struct {
 	// Executed is told each action whose operation a client has followed to a result; nil tells nobody.
 	// It must not block.
 	Executed func(action digest.Digest)
+	// Full tells why nothing can be stored, and nil when it can; nil where that never happens.
+	Full func() error
 	// Registerer gets the metrics; nil keeps them private.
 	Registerer prometheus.Registerer
 	// Limits that are zero take their defaults; Limits.Validate tells those that cannot work.
@@ -147,11 +149,16 @@ func (s *Server) options() []grpc.ServerOption {
 // GRPC is the gRPC server with all services, health and reflection.
 func (s *Server) GRPC() *grpc.Server { return s.grpc }
 
-// Ready returns nil while the server takes work and can publish to and receive from the broker, which
+// Ready returns nil while the server takes work, blobs can be stored, and it can publish to and receive from the broker, which
 // it tries. It is bounded by ctx.
 func (s *Server) Ready(ctx context.Context) error {
 	if s.drained.Load() {
 		return errDraining
+	}
+	if s.cfg.Full != nil {
+		if err := s.cfg.Full(); err != nil {
+			return err
+		}
 	}
 	return s.cfg.Broker.Ready(ctx)
 }

@@ -240,7 +240,7 @@ func BenchmarkWaitingStream(b *testing.B) {
 }
 
 // resident returns the resident memory of a process in bytes.
-func resident(b *testing.B, p *process) int64 {
+func resident(b testing.TB, p *process) int64 {
 	b.Helper()
 	text, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(p.pid()), "status"))
 	if err != nil {

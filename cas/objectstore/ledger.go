@@ -62,7 +62,7 @@ func (l *ledger) reserve(cost int64, copies bool) (ok bool, full string, changed
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case l.full != "":
+	case l.full != "" && !copies:
 		return false, l.full, nil
 	case l.limit > 0 && cost > l.limit:
 		return false, fmt.Sprintf("a blob of %s does not fit the store of %s; a larger --cas-size helps", bytesOf(cost), bytesOf(l.limit)), nil

@@ -93,9 +93,12 @@ func (p *plan) drop() {
 
 // full says why nothing can be stored, or "".
 func (p *plan) full() string {
+	// What was stored while the streams were measured is counted twice, so one look is not enough.
 	left := p.next.Limit - p.next.Used - p.reserved
+	before := p.pressed
+	p.pressed = p.held && left < max(p.wanted, p.slice/2)
 	switch {
-	case p.held && left < max(p.wanted, p.slice/2):
+	case p.pressed && before:
 		return fmt.Sprintf("what was reported present within the last %v fills %s; a larger --cas-size or a shorter --cas-retention helps",
 			p.store.cfg.Retention, bytesOf(p.next.Limit))
 	case p.refused != "" && len(p.live) == 1:

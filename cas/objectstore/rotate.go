@@ -50,8 +50,9 @@ type rotator struct {
 	epoch    string    // of the same
 	since    time.Time // when it was first seen
 
-	marked map[uint32]time.Time // when each old generation became old for all, as far as this one knows
-	low    bool                 // the disk was below its low water and is not above its high water yet
+	marked  map[uint32]time.Time // when each old generation became old for all, as far as this one knows
+	pressed bool                 // there was no room because of the retention
+	low     bool                 // the disk was below its low water and is not above its high water yet
 }
 
 // extent is what the streams of one generation hold.

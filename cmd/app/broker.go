@@ -66,15 +66,19 @@ func (b *Broker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer forget()
+	tell, done := teller(ctx, p, server)
+	defer done()
 	metrics := prometheus.NewRegistry()
 	metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	handler := run.Probes(run.ProbeConfig{Ready: server.Ready, Gatherer: metrics, Pprof: b.Pprof})
 	return withHTTP(ctx, b.HTTP, handler, func(ctx context.Context, address string) error {
-		if err := p.ready("http", address, "nats", server.URL()); err != nil {
-			return err
-		}
-		<-ctx.Done()
-		return context.Cause(ctx)
+		return run.Beside(ctx, func(ctx context.Context) error {
+			if err := p.ready("http", address, "nats", server.URL()); err != nil {
+				return err
+			}
+			<-ctx.Done()
+			return context.Cause(ctx)
+		}, tell)
 	})
 }
 

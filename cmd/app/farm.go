@@ -25,9 +25,10 @@ type farm struct {
 // farmConfig is what roles want of what they share. Zero keeps what is there.
 type farmConfig struct {
 	replicas     int
-	actionBytes  int64 // bound on the action cache
-	actionMemory int64 // bound on what of it is in memory; 0 is none
+	actionBytes  int64              // bound on the action cache
+	actionMemory int64              // bound on what of it is in memory; 0 is none
 	compression  objectstore.Compression
+	blobs        objectstore.Config // bounds on the blobs
 }
 
 // openFarm connects to the broker and opens operations, blobs and the action cache on it. Operations,
@@ -61,10 +62,10 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, cf
 	if err = f.client.Open(ctx); err != nil {
 		return err
 	}
-	f.blobs, err = objectstore.Open(ctx, objectstore.Config{
-		Small: f.connections[1], Bulk: f.connections[2], Replicas: f.client.Replicas(), Log: p.log, Registerer: f.metrics,
-		Compression: cfg.compression,
-	})
+	blobs := cfg.blobs
+	blobs.Small, blobs.Bulk, blobs.Replicas = f.connections[1], f.connections[2], f.client.Replicas()
+	blobs.Log, blobs.Registerer, blobs.Compression = p.log, f.metrics, cfg.compression
+	f.blobs, err = objectstore.Open(ctx, blobs)
 	if err != nil {
 		return fmt.Errorf("open the blob store: %w", err)
 	}

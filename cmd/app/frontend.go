@@ -21,6 +21,7 @@ type Frontend struct {
 	assetFlags    `embed:""`
 	memoryFlags   `embed:""`
 	upstreamFlags `embed:""`
+	casFlags      `embed:""`
 	HTTP          string        `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Replicas      int           `help:"Servers of the NATS cluster that hold each message: 1, 3 or 5. 0 keeps what is there." default:"0"`
 	DrainTimeout  time.Duration `help:"How long open calls may go on after SIGTERM. Clients take up Execute streams that are cut at another frontend." default:"10s"`
@@ -32,7 +33,7 @@ type Frontend struct {
 func (f *Frontend) validate() error {
 	errs := []error{
 		checkAddresses(map[string]string{"grpc": f.GRPC, "http": f.HTTP}), checkReplicas(f.Replicas), f.checkInstances(),
-		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(), f.checkUpstream(), f.checkAssets(),
+		f.memoryFlags.validate(), checkDiskCache(f.DiskCache), f.checkSizes(), f.checkUpstream(), f.checkAssets(), f.checkCAS(),
 	}
 	if f.DrainTimeout < 0 {
 		errs = append(errs, run.UsageError{Err: errors.New("--drain-timeout is negative")})
@@ -57,7 +58,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer listeners.close()
-	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: f.NATS, Name: "jetfarm frontend"}, f.farm(f.Replicas))
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Servers: f.NATS, Name: "jetfarm frontend"}, f.bound(f.farm(f.Replicas)))
 	if err != nil {
 		return err
 	}
@@ -99,7 +100,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 // newFrontend makes the API server of a farm, which reads and writes the stores given.
 func newFrontend(p *process, farm *farm, stores *served, assets *frontend.Assets, flags serveFlags, execute bool) *frontend.Server {
 	cfg := frontend.Config{
-		Blobs: stores.blobs, Actions: stores.results, Executed: stores.executed, Broker: farm.client, Log: p.log, Registerer: farm.metrics,
+		Blobs: stores.blobs, Actions: stores.results, Executed: stores.executed, Broker: farm.client, Full: farm.blobs.Full, Log: p.log, Registerer: farm.metrics,
 		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, OpaqueResults: flags.HTTPOpaqueResults, Instances: flags.Instance, Assets: assets,
 		Chunks: flags.chunks(),
 	}

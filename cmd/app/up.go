@@ -19,6 +19,7 @@ type Up struct {
 	assetFlags     `embed:""`
 	memoryFlags    `embed:""`
 	upstreamFlags  `embed:""`
+	casFlags       `embed:""`
 	Data           string `help:"Directory of everything the farm keeps. Default: the user's state directory." type:"path" placeholder:"DIR"`
 	HTTP           string `name:"http" help:"Address of the HTTP cache, /healthz, /readyz and /metrics." default:"127.0.0.1:8080" env:"JETFARM_HTTP"`
 	Listen         string `help:"Address at which more workers, frontends and NATS tools reach the embedded NATS server." default:"127.0.0.1:0"`
@@ -33,7 +34,7 @@ const lastGrace = 2 * time.Second
 func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one thing after another, each with its end
 	platform, err := u.executionFlags.validate()
 	addresses := checkAddresses(map[string]string{"grpc": u.GRPC, "http": u.HTTP, "listen": u.Listen})
-	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes(), u.checkUpstream(), u.checkAssets())
+	err = errors.Join(err, addresses, u.checkInstances(), u.memoryFlags.validate(), u.checkSizes(), u.checkUpstream(), u.checkAssets(), u.checkCAS())
 	if err != nil {
 		return err
 	}
@@ -59,12 +60,15 @@ func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one
 		return err
 	}
 	defer server.Stop()
+	if err := u.fits(server); err != nil {
+		return err
+	}
 	forget, err := tellAddress(data, "nats", server.URL(), "grpc", listeners.grpc.Addr().String(), "http", listeners.httpAddress())
 	if err != nil {
 		return err
 	}
 	defer forget()
-	farm, err := openFarm(ctx, p, broker.ConnectConfig{Embedded: server, Name: "jetfarm up"}, u.farm(1))
+	farm, err := openFarm(ctx, p, broker.ConnectConfig{Embedded: server, Name: "jetfarm up"}, u.bound(u.farm(1)))
 	if err != nil {
 		return err
 	}
@@ -99,5 +103,5 @@ func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one
 			}
 			return executor.serve(ctx)
 		})
-	}, slices.Concat(farm.services(), executor.services(), stores.services())...)
+	}, slices.Concat(farm.services(), []func(context.Context) error{tellRoom(server, farm.connections[0])}, executor.services(), stores.services())...)
 }
