@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,6 +23,8 @@ const (
 	scaleReady = 15 * time.Second
 	// scaleRounds is how often each call is made. The median counts.
 	scaleRounds = 400
+	// scaleSettle is longer than the broker keeps blocks in memory that nobody uses.
+	scaleSettle = 15 * time.Second
 )
 
 // TestScaleCAS compares a store of few blobs with one of many and takes minutes: make scale-cas.
@@ -75,6 +78,8 @@ type cost struct {
 	name   string
 	median time.Duration
 	bound  bool // must not grow
+	// prepare returns the call.
+	prepare func() func() error
 }
 
 // grow stores blobs until there are so many.
@@ -95,50 +100,59 @@ func (s *scale) grow(t *testing.T, f *allInOne, n int) {
 	}
 }
 
+// measure makes each call many times, after the broker has given back what it keeps of recent writes.
 func (s *scale) measure(t *testing.T, f *allInOne) []cost {
 	t.Helper()
+	pause(t.Context(), scaleSettle)
 	c := dial(t, f.endpoint(t))
-	recent := s.blobs[len(s.blobs)-scaleFew:]
+	// What a call asks for is put together before, so that the client's memory does not count.
 	pick := func(from []*repb.Digest, n int) []*repb.Digest {
 		picked := make([]*repb.Digest, n)
 		for i := range picked {
-			picked[i] = from[rand.IntN(len(from))]
+			d := from[rand.IntN(len(from))]
+			picked[i] = &repb.Digest{Hash: strings.Clone(d.GetHash()), SizeBytes: d.GetSizeBytes()}
 		}
 		return picked
 	}
-	get := func(from []*repb.Digest) func() error {
-		return func() error {
-			_, err := c.get(t.Context(), pick(from, 1)[0])
-			return err
+	put := func(n int) func() func() error {
+		return func() func() error {
+			blobs := make([][]byte, n)
+			for i := range blobs {
+				blobs[i] = fresh(scaleSize)
+			}
+			return func() error { return c.put(t.Context(), blobs...) }
 		}
 	}
-	costs := []cost{
-		{name: "put 1", bound: true}, {name: "put 100", bound: true}, {name: "get 1 of the last 10 000", bound: true},
-		{name: "FindMissing 1000 of all", bound: true}, {name: "get 1 of all"},
+	get := func(from []*repb.Digest) func() func() error {
+		return func() func() error {
+			d := pick(from, 1)[0]
+			return func() error {
+				_, err := c.get(t.Context(), d)
+				return err
+			}
+		}
 	}
-	blobs := make([][]byte, 100)
-	calls := []func() error{
-		func() error { return c.put(t.Context(), blobs[0]) },
-		func() error { return c.put(t.Context(), blobs...) },
-		get(recent),
-		func() error {
-			response, err := c.blobs.FindMissingBlobs(t.Context(), &repb.FindMissingBlobsRequest{BlobDigests: pick(s.blobs, 1000)})
+	find := func() func() error {
+		request := &repb.FindMissingBlobsRequest{BlobDigests: pick(s.blobs, 1000)}
+		return func() error {
+			response, err := c.blobs.FindMissingBlobs(t.Context(), request)
 			if err == nil && len(response.GetMissingBlobDigests()) > 0 {
 				err = errors.New("blobs are missing")
 			}
 			return err
-		},
-		get(s.blobs),
+		}
 	}
-	for i, call := range calls {
+	costs := []cost{
+		{name: "put 1", bound: true, prepare: put(1)},
+		{name: "put 100", bound: true, prepare: put(100)},
+		{name: "get 1 of the last 10 000", bound: true, prepare: get(s.blobs[len(s.blobs)-scaleFew:])},
+		{name: "FindMissing 1000 of all", bound: true, prepare: find},
+		{name: "get 1 of all", prepare: get(s.blobs)},
+	}
+	for i := range costs {
 		var l latencies
 		for range scaleRounds {
-			if i < 2 {
-				for j := range blobs {
-					blobs[j] = fresh(scaleSize)
-				}
-			}
-			if err := l.time(call); err != nil {
+			if err := l.time(costs[i].prepare()); err != nil {
 				t.Fatalf("%s: %v", costs[i].name, err)
 			}
 		}

@@ -128,7 +128,7 @@ func runSoak(t *testing.T, writes int64, flags ...string) *soak {
 	beside.Go(func() error {
 		for ctx.Err() == nil {
 			s.files = max(s.files, diskUsage(t, filepath.Join(data, "nats")))
-			s.streams = max(s.streams, int64(metric(t, metrics, "jetfarm_cas_stored_bytes")))
+			s.streams = max(s.streams, int64(metric(t, metrics, "jetfarm_cas_stored_bytes"))) //nolint:contextcheck // httpGet has its own
 			pause(ctx, 100*time.Millisecond)
 		}
 		return nil

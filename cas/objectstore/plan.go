@@ -30,6 +30,7 @@ func (r *rotator) plan(now state, live []extent, before int64, collect bool) sta
 	p.next.Used, _ = sum(live)
 	var full string
 	p.next.Limit, full = r.limit()
+	p.next.Limit = r.learn(p.next.Limit, p.next.Used, p.refused != "")
 	p.reserved, p.wanted = s.ledger.needs(before)
 	p.slice, p.count = p.next.Limit/slicing, min(maxCount, max(1, s.cfg.MaxBlobs/slicing))
 	p.rotate()
@@ -135,6 +136,24 @@ func (r *rotator) wait(generation uint32) time.Duration {
 	}
 	return viewGrace + r.store.cfg.Retention - time.Since(marked)
 }
+
+// learn lowers the limit to what a broker had room for that refused to store more and has not told its
+// own limit.
+func (r *rotator) learn(limit, used int64, refused bool) int64 {
+	switch {
+	case refused && used > 0:
+		r.learned, r.learnedAt = used-used/maxMargin-1, time.Now()
+	case time.Since(r.learnedAt) > learnedBound:
+		r.learned = 0
+	}
+	if r.learned > 0 && (limit == 0 || r.learned < limit) {
+		return r.learned
+	}
+	return limit
+}
+
+// learnedBound is after which time it is tried again whether the broker has room for more.
+const learnedBound = 10 * time.Minute
 
 // limit is the most bytes that the streams may hold now, 0 for no bound, and why nothing may be stored
 // if that is so.

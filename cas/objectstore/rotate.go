@@ -50,9 +50,11 @@ type rotator struct {
 	epoch    string    // of the same
 	since    time.Time // when it was first seen
 
-	marked  map[uint32]time.Time // when each old generation became old for all, as far as this one knows
-	pressed bool                 // there was no room because of the retention
-	low     bool                 // the disk was below its low water and is not above its high water yet
+	marked    map[uint32]time.Time // when each old generation became old for all, as far as this one knows
+	learned   int64                // the limit that a refusal of the broker has shown, 0 for none
+	learnedAt time.Time            // when it did
+	pressed   bool                 // there was no room because of the retention
+	low       bool                 // the disk was below its low water and is not above its high water yet
 }
 
 // extent is what the streams of one generation hold.
@@ -83,7 +85,7 @@ func (s *Store) tend(ctx context.Context) error {
 		if asked != nil {
 			s.answer(ctx, asked, err)
 		}
-		if err != nil && ctx.Err() == nil && !errors.Is(err, errExists) {
+		if err != nil && ctx.Err() == nil && !errors.Is(err, errExists) && !errors.Is(err, errNotHolder) {
 			s.cfg.Log.DebugContext(ctx, "the generations cannot be kept now", "err", err)
 		}
 		delay := rotateEvery

@@ -180,9 +180,10 @@ func (s *Store) replace(ctx context.Context, before uint64, data []byte) (uint64
 	return m.Sequence, nil
 }
 
-// openState makes the stream of the state.
+// openState makes the stream of the state where there is none. In a cluster, requests about a stream that
+// does not exist may get no answer.
 func (s *Store) openState(ctx context.Context) error {
-	_, err := s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
+	_, err := s.js.CreateStream(ctx, jetstream.StreamConfig{
 		Name:              stateStream,
 		Description:       "state of the generations of the content addressable storage",
 		Subjects:          []string{stateSubject},
@@ -192,7 +193,7 @@ func (s *Store) openState(ctx context.Context) error {
 		AllowDirect:       true,
 		Duplicates:        100 * time.Millisecond,
 	})
-	if err != nil {
+	if err != nil && !errors.Is(err, jetstream.ErrStreamNameAlreadyInUse) {
 		return fmt.Errorf("make stream %s: %w", stateStream, brokerError(ctx, err))
 	}
 	return nil

@@ -82,6 +82,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	s.viewed.Store(&view{})
 	s.live.Store(&[]*generation{{}})
+	if err := s.openState(ctx); err != nil {
+		return nil, fmt.Errorf("objectstore: %w", err)
+	}
 	v, err := s.ask(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("objectstore: %w", err)
