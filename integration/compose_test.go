@@ -97,7 +97,7 @@ func startDocker(t *testing.T) *docker {
 		if t.Failed() {
 			t.Logf("containers:\n%s", d.logs())
 		}
-		_ = engine.Process.Signal(syscall.SIGTERM) //nolint:errcheck // Wait tells
+		_ = engine.Process.Signal(syscall.SIGTERM)
 		if err := engine.Wait(); err != nil {
 			t.Errorf("dockerd: %v\n%s", err, log.tail(50))
 		}

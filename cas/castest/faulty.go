@@ -65,9 +65,13 @@ func (f *Faulty) Open(ctx context.Context, d digest.Digest, offset int64) (io.Re
 // Put implements cas.Store. A blob that is truncated or lied about is reported as stored and is
 // not there.
 func (f *Faulty) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
+	return f.put(ctx, d, r, f.Store.Put)
+}
+
+func (f *Faulty) put(ctx context.Context, d digest.Digest, r io.Reader, store func(context.Context, digest.Digest, io.Reader) error) error {
 	fault := f.plan(OpPut, d)
 	if fault == (Fault{}) {
-		return f.Store.Put(ctx, d, r)
+		return store(ctx, d, r)
 	}
 	if fault.After < 0 {
 		if err := fault.strike(ctx); err != nil {
@@ -78,7 +82,7 @@ func (f *Faulty) Put(ctx context.Context, d digest.Digest, r io.Reader) error {
 		_, err := io.Copy(io.Discard, r)
 		return err
 	}
-	return f.Store.Put(ctx, d, fault.reader(ctx, r))
+	return store(ctx, d, fault.reader(ctx, r))
 }
 
 // Missing implements cas.Store.
@@ -104,9 +108,11 @@ func (f *Faulty) Committed(ctx context.Context, d digest.Digest, upload string) 
 	return cas.Committed(ctx, f.Store, d, upload)
 }
 
-// PutFrom implements cas.Resumer without a fault.
+// PutFrom implements cas.Resumer with the faults of Put.
 func (f *Faulty) PutFrom(ctx context.Context, d digest.Digest, upload string, offset int64, r io.Reader) error {
-	return cas.PutFrom(ctx, f.Store, d, upload, offset, r)
+	return f.put(ctx, d, r, func(ctx context.Context, d digest.Digest, r io.Reader) error {
+		return cas.PutFrom(ctx, f.Store, d, upload, offset, r)
+	})
 }
 
 func (f *Faulty) plan(op Op, d digest.Digest) Fault {

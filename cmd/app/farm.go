@@ -25,8 +25,8 @@ type farm struct {
 // farmConfig is what roles want of what they share. Zero keeps what is there.
 type farmConfig struct {
 	replicas     int
-	actionBytes  int64              // bound on the action cache
-	actionMemory int64              // bound on what of it is in memory; 0 is none
+	actionBytes  int64 // bound on the action cache
+	actionMemory int64 // bound on what of it is in memory; 0 is none
 	compression  objectstore.Compression
 	blobs        objectstore.Config // bounds on the blobs
 }
