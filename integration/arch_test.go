@@ -88,7 +88,7 @@ func TestArchitectureRulesAreEnforced(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"broker/broker.go:7: imports cas, which broker may not",
+		"broker/broker.go:6: imports cas, which broker may not",
 		"broker/doc.go:2: package comment must begin with \"Package broker\"",
 		"cas/disk/disk.go:5: imports google.golang.org/grpc/codes, which cas/disk may not",
 		"cas/disk: no doc.go with a package comment",

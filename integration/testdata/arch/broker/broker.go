@@ -3,9 +3,9 @@ package broker
 import (
 	"context"
 
-	"github.com/nats-io/nats.go"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/nats-io/nats.go"
 )
 
 // Client uses what it may and, once, what it may not.
