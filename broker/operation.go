@@ -62,6 +62,10 @@ type Operation struct {
 	ResponseBlob digest.Digest
 	// Revision rises with every change of the operation.
 	Revision uint64
+
+	// kept says that the output of a cancelled operation is in stdout and stderr.
+	kept           bool
+	stdout, stderr digest.Digest
 }
 
 // Done tells whether the operation is in its terminal state.
@@ -116,6 +120,7 @@ type record struct {
 	Flight          uint64                    `json:"flight,omitempty"`
 	Note            string                    `json:"note,omitempty"`
 	ResponseBlob    *blobRef                  `json:"response_blob,omitempty"`
+	Logs            *logRefs                  `json:"logs,omitempty"`
 	// Revision is set in jobs only; a record's own revision is its stream sequence.
 	Revision uint64 `json:"revision,omitempty"`
 
@@ -157,10 +162,19 @@ func (r *record) snapshot(revision uint64) (*Operation, error) {
 	if err != nil {
 		return nil, fmt.Errorf("operation %s: response: %w", r.Operation, err)
 	}
+	stdout, err := r.Logs.of(Stdout)
+	if err != nil {
+		return nil, fmt.Errorf("operation %s: stdout: %w", r.Operation, err)
+	}
+	stderr, err := r.Logs.of(Stderr)
+	if err != nil {
+		return nil, fmt.Errorf("operation %s: stderr: %w", r.Operation, err)
+	}
 	return &Operation{
 		Name: r.Operation, Action: action, Stage: r.Stage, Attempt: r.Attempt, Worker: r.Worker,
 		Queued: r.Queued, Updated: r.Updated, Platform: r.Platform, Pool: r.Pool, Lane: r.Lane, Priority: r.Priority,
 		Invocation: r.Invocation, Note: r.Note, Response: r.response, ResponseBlob: blob, Revision: revision,
+		kept: r.Logs != nil, stdout: stdout, stderr: stderr,
 	}, nil
 }
 

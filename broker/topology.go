@@ -24,6 +24,7 @@ const (
 	flightSubject    = "jetfarm.flight."
 	bellSubject      = "jetfarm.bell."
 	workerSubject    = "jetfarm.worker."
+	logSubject       = "jetfarm.log."
 )
 
 const (

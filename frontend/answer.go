@@ -100,7 +100,7 @@ func message(name string, meta *repb.ExecuteOperationMetadata, response *repb.Ex
 }
 
 func metadataOf(op *broker.Operation) *repb.ExecuteOperationMetadata {
-	return &repb.ExecuteOperationMetadata{
+	return withLogs(&repb.ExecuteOperationMetadata{
 		Stage:          op.Stage,
 		ActionDigest:   op.Action.Proto(),
 		DigestFunction: op.Action.Space().Function().Proto(),
@@ -108,5 +108,5 @@ func metadataOf(op *broker.Operation) *repb.ExecuteOperationMetadata {
 			Worker:          op.Worker,
 			QueuedTimestamp: timestamppb.New(op.Queued),
 		},
-	}
+	}, op)
 }

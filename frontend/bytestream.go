@@ -16,7 +16,7 @@ import (
 	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
-// byteStream serves google.bytestream.ByteStream for blobs: reading here, uploads in write.go.
+// byteStream serves google.bytestream.ByteStream: reading blobs here, logs in logs.go, uploads in write.go.
 type byteStream struct {
 	bytestream.UnimplementedByteStreamServer
 	blobs   cas.Store
@@ -25,12 +25,14 @@ type byteStream struct {
 	chunks  *chunkPool
 
 	uploads, decoders slots
+	logs              *logs
 }
 
 func newByteStream(blobs cas.Store, limits Limits, metrics *metrics) *byteStream {
 	return &byteStream{
 		blobs: blobs, limits: limits, metrics: metrics, chunks: &chunkPool{size: limits.ReadChunkBytes},
-		uploads: slots{most: int64(limits.MaxUploads)}, decoders: slots{most: int64(limits.MaxCompressedUploads)},
+		uploads:  slots{what: "uploads", most: int64(limits.MaxUploads)},
+		decoders: slots{what: "compressed uploads", most: int64(limits.MaxCompressedUploads)},
 	}
 }
 
@@ -40,6 +42,12 @@ func (b *byteStream) Read(req *bytestream.ReadRequest, stream bytestream.ByteStr
 	ctx := stream.Context()
 	if err := checkResourceHeader(ctx, req.GetResourceName()); err != nil {
 		return err
+	}
+	if name, ours, err := parseLog(req.GetResourceName()); ours {
+		if err != nil {
+			return err
+		}
+		return b.logs.read(name, req, b, stream)
 	}
 	name, err := digest.ParseRead(req.GetResourceName())
 	if err != nil {

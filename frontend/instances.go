@@ -55,7 +55,7 @@ func instanceOf(resource string) string {
 	end := 0
 	for segment := range strings.SplitSeq(resource, "/") {
 		switch segment {
-		case "uploads", "blobs", "compressed-blobs":
+		case "uploads", "blobs", "compressed-blobs", "operations":
 			return strings.TrimSuffix(resource[:end], "/")
 		}
 		end += len(segment) + 1

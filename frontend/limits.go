@@ -67,6 +67,9 @@ type Limits struct {
 	// those among them that need a decoder of up to 8 MiB. 16 384 and 1 024 by default.
 	MaxUploads           int
 	MaxCompressedUploads int
+	// MaxLogReaders bounds who reads the outputs of operations in this process, each with one part of at
+	// most 64 KiB. 1 000 by default.
+	MaxLogReaders int
 	// MaxStreams bounds the concurrent calls of one connection. 10 000 by default.
 	MaxStreams uint32
 }
@@ -118,6 +121,7 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.NoData, 10*time.Minute)
 	orDefault(&l.Unary, 5*time.Minute)
 	orDefault(&l.OperationWait, 2*time.Minute)
+	orDefault(&l.MaxLogReaders, 1000)
 	orDefault(&l.MaxStreams, 10_000)
 	return l
 }
@@ -149,6 +153,7 @@ func (l Limits) Validate() error {
 	check(l.BatchConcurrency > 0 && l.BatchConcurrency <= 1024, "batch concurrency %d is not from 1 to 1024", l.BatchConcurrency)
 	check(l.ReadChunkBytes >= 4<<10 && l.ReadChunkBytes <= 1<<20, "read chunk bytes %d is not from 4 KiB to 1 MiB", l.ReadChunkBytes)
 	check(l.MaxUploads > 0 && l.MaxCompressedUploads > 0, "max uploads %d and max compressed uploads %d are not positive", l.MaxUploads, l.MaxCompressedUploads)
+	check(l.MaxLogReaders > 0, "max log readers %d is not positive", l.MaxLogReaders)
 	check(l.MaxTreeDirectories > 0, "max tree directories %d is not positive", l.MaxTreeDirectories)
 	check(l.MaxTreeBytes > 0, "max tree bytes %d is not positive", l.MaxTreeBytes)
 	check(l.MaxChunks > 0 && l.MaxChunks <= 10_000_000, "max chunks %d is not from 1 to 10000000", l.MaxChunks)

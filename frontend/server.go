@@ -68,6 +68,7 @@ type Server struct {
 	http    *httpCache
 	assets  *assets // nil when they are not offered
 	waiters *waiters
+	readers *waiters        // of logs
 	unary   map[string]bool // full names of unary methods; written by New only
 	drained atomic.Bool
 }
@@ -75,7 +76,7 @@ type Server struct {
 // New returns a server with every service registered. It starts nothing.
 func New(cfg Config) *Server {
 	cfg.Limits = cfg.Limits.withDefaults()
-	s := &Server{cfg: cfg, health: health.NewServer(), waiters: newWaiters(), unary: make(map[string]bool)}
+	s := &Server{cfg: cfg, health: health.NewServer(), waiters: newWaiters(), readers: newWaiters(), unary: make(map[string]bool)}
 	s.metrics = newMetrics(cfg.Registerer, s.waiters.count)
 	s.grpc = grpc.NewServer(s.options()...)
 	s.register()
@@ -100,7 +101,9 @@ func (s *Server) register() {
 	blobs := newContent(cfg.Blobs, limits, s.metrics)
 	blobs.chunks = newChunker(cfg.Blobs, limits, cfg.Chunks)
 	repb.RegisterContentAddressableStorageServer(s.grpc, blobs)
-	bytestream.RegisterByteStreamServer(s.grpc, newByteStream(cfg.Blobs, limits, s.metrics))
+	streams := newByteStream(cfg.Blobs, limits, s.metrics)
+	streams.logs = newLogs(cfg, ans, s.readers)
+	bytestream.RegisterByteStreamServer(s.grpc, streams)
 	results := &actionCache{
 		actions: cfg.Actions, blobs: cfg.Blobs, inline: in, limits: limits, metrics: s.metrics, updates: cfg.AllowActionCacheUpdates,
 	}
@@ -163,11 +166,12 @@ func (s *Server) Ready(ctx context.Context) error {
 	return s.cfg.Broker.Ready(ctx)
 }
 
-// Drain makes the server tell NOT_SERVING and refuse Execute and WaitExecution with UNAVAILABLE.
-// Everything else is served on, as are the streams that are open.
+// Drain makes the server tell NOT_SERVING and refuse Execute, WaitExecution and readers of logs with
+// UNAVAILABLE. Everything else is served on, as are the streams that are open.
 func (s *Server) Drain() {
 	s.drained.Store(true)
 	s.waiters.refuse(errDraining)
+	s.readers.refuse(errDraining)
 	s.health.Shutdown()
 }
 
@@ -193,6 +197,7 @@ func (s *Server) Shutdown(ctx context.Context) error {
 	case <-ctx.Done():
 	}
 	s.waiters.end(errDraining)
+	s.readers.end(errDraining)
 	s.assets.close()
 	timer := time.NewTimer(lastCall)
 	defer timer.Stop()

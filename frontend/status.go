@@ -35,8 +35,8 @@ var (
 	errNotFound = errors.New("not found")
 	// errDamaged is a stored blob whose bytes are not those of its digest.
 	errDamaged = errors.New("stored blob is damaged")
-	// errBusy is a frontend that has as many uploads as it takes.
-	errBusy = errors.New("too many uploads at once")
+	// errBusy is a frontend that has as many streams of a kind as it takes.
+	errBusy = errors.New("frontend is busy")
 	// errMoved is an upload that begins before what is kept of it.
 	errMoved = errors.New("more of the upload has arrived")
 	// errDraining ends what a client may begin again on another frontend.

@@ -68,8 +68,10 @@ func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) 
 		return nil, err
 	}
 	x.meta.InputFetchCompletedTimestamp = x.now()
+	defer x.w.logs.open(x.spec.Operation, x.lease.Attempt(), space)()
 	ended, err := x.command(ctx)
 	if err != nil {
+		x.keepOutput(ctx)
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, x.w.cfg.UploadTimeout, errUploadTimeout)

@@ -31,6 +31,7 @@ type Worker struct {
 	loader    *inputs.Loader
 	collector *outputs.Collector
 	metrics   *metrics
+	logs      *logs
 	// finishing has a token for each job that has a lease, so that jobs which no longer need a slot
 	// can't pile up.
 	finishing chan struct{}
@@ -55,6 +56,7 @@ func New(cfg Config) (*Worker, error) {
 		loader:    inputs.NewLoader(cfg.Blobs, inputs.DefaultLimits()),
 		collector: &outputs.Collector{Blobs: cfg.Blobs, Files: cfg.Disk, Limits: outputs.DefaultLimits()},
 		metrics:   newMetrics(cfg.Registerer),
+		logs:      newLogs(cfg.MaxLog),
 		finishing: make(chan struct{}, finishingPerSlot*cfg.Concurrency),
 	}, nil
 }
@@ -79,6 +81,7 @@ func (w *Worker) Run(ctx context.Context) error {
 
 	var running, background errgroup.Group
 	background.Go(func() error { w.dirs.empty(cleaning); return nil })
+	background.Go(func() error { return w.cfg.Queue.ServeLogs(cleaning, w.logs.read) })
 	err := w.take(ctx, jobs, &running)
 	timer := time.AfterFunc(w.cfg.DrainTimeout, func() { kill(errDraining) })
 	err = errors.Join(err, running.Wait())

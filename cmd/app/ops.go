@@ -21,6 +21,7 @@ import (
 type Ops struct {
 	Ls     OpsLs     `cmd:"" help:"List operations that wait or run, and say why each waits."`
 	Show   OpsShow   `cmd:"" help:"Show one operation."`
+	Logs   OpsLogs   `cmd:"" help:"Print what the action of an operation writes, while it runs and after that."`
 	Cancel OpsCancel `cmd:"" help:"Cancel operations: queued ones do not run, running ones are killed."`
 }
 
