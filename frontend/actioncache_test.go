@@ -123,7 +123,7 @@ func TestACG_7_X_154_GEN_27_InlineIsBounded(t *testing.T) {
 	}
 }
 
-func TestACU_1_ACU_12_X_148_UpdatesAreOffByDefault(t *testing.T) {
+func TestACU_1_ACU_12_X_148_X_152_UpdatesAreOffByDefault(t *testing.T) {
 	h := start(t)
 	action := h.action(t)
 	_, err := h.ac.UpdateActionResult(t.Context(), &repb.UpdateActionResultRequest{ActionDigest: action.Proto(), ActionResult: h.result(t)})

@@ -5,13 +5,16 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	remoteasset "github.com/bazelbuild/remote-apis/build/bazel/remote/asset/v1"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/jetfarm/jetfarm/cas"
@@ -125,6 +128,38 @@ func TestFetchDirectory(t *testing.T) {
 	}
 	_, err := r.fetch.FetchDirectory(t.Context(), &remoteasset.FetchDirectoryRequest{Uris: uris("/good.tar"), Qualifiers: qualifiers("resource_type", "application/x-git")})
 	wantCode(t, "AST-2 git", err, codes.InvalidArgument)
+}
+
+// Directories that the farm makes are encoded as everybody encodes them, whatever the order in an archive.
+func TestGEN_19_DirectoriesAreCanonical(t *testing.T) {
+	r := startAssets(t)
+	fetch := func(path string, names ...string) digest.Digest {
+		r.origin.set(path, tarball(t, names...))
+		return must(space.Parse(r.directory(t, codes.OK, &remoteasset.FetchDirectoryRequest{Uris: []string{r.origin.URL + path}})))
+	}
+	root := fetch("/one.tar", "b", "Z", "a", "z/y", "c/x", "c/a", "m:a", "l:a", "c.d/e")
+	if other := fetch("/two.tar", "c.d/e", "l:a", "c/a", "m:a", "a", "c/x", "z/y", "b", "Z"); other != root {
+		t.Errorf("another order makes %v of the same tree, not %v", other, root)
+	}
+	for todo := []digest.Digest{root}; len(todo) > 0; todo = todo[1:] {
+		data, err := r.read(t.Context(), &bytestream.ReadRequest{ResourceName: todo[0].String()})
+		if err != nil {
+			t.Fatalf("Read: %v", err)
+		}
+		d := new(repb.Directory)
+		if err := proto.Unmarshal(data, d); err != nil {
+			t.Fatalf("Unmarshal: %v", err)
+		}
+		sorted := slices.IsSortedFunc(d.GetFiles(), func(a, b *repb.FileNode) int { return strings.Compare(a.GetName(), b.GetName()) }) &&
+			slices.IsSortedFunc(d.GetDirectories(), func(a, b *repb.DirectoryNode) int { return strings.Compare(a.GetName(), b.GetName()) }) &&
+			slices.IsSortedFunc(d.GetSymlinks(), func(a, b *repb.SymlinkNode) int { return strings.Compare(a.GetName(), b.GetName()) })
+		if !sorted || !bytes.Equal(encode(d), data) {
+			t.Errorf("not canonical: %v", d)
+		}
+		for _, child := range d.GetDirectories() {
+			todo = append(todo, must(space.Parse(child.GetDigest())))
+		}
+	}
 }
 
 func TestPush(t *testing.T) {

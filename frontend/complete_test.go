@@ -3,6 +3,8 @@ package frontend_test
 import (
 	"errors"
 	"fmt"
+	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -11,6 +13,8 @@ import (
 	"github.com/nats-io/nats.go"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/jetfarm/jetfarm/broker/brokertest"
@@ -243,4 +247,60 @@ func TestStoredEntries(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Checking a result whose tree has very many nodes takes little memory, and one with too many is a miss.
+func TestACG_16_ChecksAreBounded(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(20))
+	h := start(t)
+	link := func(i int) *repb.SymlinkNode { return &repb.SymlinkNode{Name: fmt.Sprint("l", i), Target: "t"} } // names no blob
+	child := &repb.Directory{}
+	for i := range 9999 {
+		child.Symlinks = append(child.Symlinks, link(i))
+	}
+	encoded := encode(child)
+	for nodes, hit := range map[int]bool{900_000: true, 1_100_000: false} {
+		t.Run(fmt.Sprint(nodes, " nodes"), func(t *testing.T) {
+			tree := protowire.AppendBytes(protowire.AppendTag(nil, 1, protowire.BytesType), nil)
+			for range nodes / 10_000 {
+				tree = protowire.AppendBytes(protowire.AppendTag(tree, 2, protowire.BytesType), encoded)
+			}
+			result := h.result(t)
+			result.OutputDirectories = []*repb.OutputDirectory{{Path: "d", TreeDigest: h.put(t, tree).Proto()}}
+			action := h.action(t)
+			// A client could not store it: an older farm has.
+			entry := append([]byte{1}, encode(result)...)
+			if _, err := h.js.Publish(t.Context(), fmt.Sprintf("$KV.ac-1.sha256.%s.%d", action.Hash(), action.Size()), entry); err != nil {
+				t.Fatalf("Publish: %v", err)
+			}
+			before := heap()
+			most, call := before, make(chan error, 1)
+			go func() {
+				_, err := h.get(t, action)
+				call <- err
+			}()
+			var err error
+			for ended := false; !ended; {
+				select {
+				case err = <-call:
+					ended = true
+				default:
+					most = max(most, heap())
+				}
+			}
+			if hit && err != nil || !hit && status.Code(err) != codes.NotFound {
+				t.Errorf("GetActionResult: %v, want a hit %v", err, hit)
+			}
+			if most > before+64<<20 {
+				t.Errorf("the check took %d MiB", (most-before)>>20)
+			}
+		})
+	}
+}
+
+// heap is how much memory is in use.
+func heap() uint64 {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc
 }

@@ -59,6 +59,11 @@ type Limits struct {
 	Stall time.Duration
 	// NoData bounds how long an upload may go on with messages that carry nothing. 10 min by default.
 	NoData time.Duration
+	// Silence is how long a connection may be silent before its client is asked whether it is there, for
+	// which it has a third of that, and a second at least. 1 min by default, 1 s at least.
+	Silence time.Duration
+	// Handshake bounds the time from a connection to its first call's headers. 20 s by default.
+	Handshake time.Duration
 	// Unary bounds a unary call as a whole, from its headers on. 5 min by default.
 	Unary time.Duration
 	// OperationWait bounds one WaitOperation; it is less than Unary. 2 min by default.
@@ -119,6 +124,8 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.MaxPageSize, 500)
 	orDefault(&l.Stall, 2*time.Minute)
 	orDefault(&l.NoData, 10*time.Minute)
+	orDefault(&l.Silence, time.Minute)
+	orDefault(&l.Handshake, 20*time.Second)
 	orDefault(&l.Unary, 5*time.Minute)
 	orDefault(&l.OperationWait, 2*time.Minute)
 	orDefault(&l.MaxLogReaders, 1000)
@@ -166,7 +173,7 @@ func (l Limits) Validate() error {
 	check(l.MaxInlineBytes >= 0, "max inline bytes %d is negative", l.MaxInlineBytes)
 	check(l.MaxInlineFiles >= 0, "max inline files %d is negative", l.MaxInlineFiles)
 	check(l.MaxPageSize > 0 && l.MaxPageSize <= 10_000, "max page size %d is not from 1 to 10000", l.MaxPageSize)
-	for name, d := range map[string]time.Duration{"stall": l.Stall, "no data": l.NoData, "unary": l.Unary, "operation wait": l.OperationWait} {
+	for name, d := range map[string]time.Duration{"stall": l.Stall, "no data": l.NoData, "unary": l.Unary, "operation wait": l.OperationWait, "silence": l.Silence, "handshake": l.Handshake} {
 		check(d > 0, "%s bound %v is not positive", name, d)
 	}
 	check(l.OperationWait < l.Unary, "operation wait %v is not below the bound of unary calls %v", l.OperationWait, l.Unary)

@@ -27,15 +27,7 @@ func startOnBudget(t testing.TB, budget int64) *harness {
 		if err != nil {
 			t.Fatalf("objectstore.Open: %v", err)
 		}
-		ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-		ended := make(chan error, 1)
-		go func() { ended <- store.Run(ctx) }()
-		t.Cleanup(func() {
-			cancel()
-			if err := <-ended; err != nil && !errors.Is(err, context.Canceled) {
-				t.Errorf("Run: %v", err)
-			}
-		})
+		running(t, ignoreEnd(store.Run))
 		eventually(t, "the store keeps its budget", func() bool {
 			u, err := store.Usage(t.Context())
 			return err == nil && u.Limit == budget
@@ -46,6 +38,16 @@ func startOnBudget(t testing.TB, budget int64) *harness {
 		}
 		c.Blobs, c.Actions = store, actions
 	})
+}
+
+// ignoreEnd is a service for which the end of its context is no error.
+func ignoreEnd(service func(context.Context) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if err := service(ctx); !errors.Is(err, context.Canceled) {
+			return err
+		}
+		return nil
+	}
 }
 
 // What clients ask for stays when as much as the whole budget comes in; what nobody asks for goes.

@@ -10,6 +10,7 @@ import (
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"github.com/google/uuid"
 	"github.com/klauspost/compress/zstd"
+	"github.com/nats-io/nats.go"
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -403,3 +404,28 @@ func TestTooManyUploads(t *testing.T) {
 
 // absentOf is the digest of n bytes that nobody has.
 func absentOf(n int) digest.Digest { return space.Of(random(n)) }
+
+// What is stored as a frame is handed out as that frame: whoever asks, nothing is compressed again.
+func TestZST_10_StoredFramesAreHandedOut(t *testing.T) {
+	h := start(t)
+	data := text(300_000)
+	d := space.Of(data)
+	// A frame that this farm would not make: it has a checksum, and another level.
+	stored := pack(data, zstd.WithEncoderCRC(true), zstd.WithEncoderLevel(zstd.SpeedBestCompression))
+	_, err := h.js.PublishMsg(t.Context(), &nats.Msg{
+		Subject: fmt.Sprintf("$O.cas-s-1-0.C.%s.sha256.%s-%d", d.Hash()[:2], d.Hash(), d.Size()),
+		Header:  nats.Header{"Jetfarm-Encoding": {"zstd"}}, Data: stored,
+	})
+	if err != nil {
+		t.Fatalf("PublishMsg: %v", err)
+	}
+	for range 100 {
+		got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: packedReadName(d)})
+		if err != nil || !bytes.Equal(got, stored) {
+			t.Fatalf("Read = %d bytes, %v, want the %d that are stored", len(got), err, len(stored))
+		}
+	}
+	if got, err := h.read(t.Context(), &bytestream.ReadRequest{ResourceName: d.String()}); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("Read of the plain bytes = %d bytes, %v", len(got), err)
+	}
+}

@@ -57,10 +57,13 @@ func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, from 
 		r.hash = d.Space().Function().New()
 	}
 	r.discard = func(how string) error {
-		s.discard(ctx, b, d, o.sequence)
+		s.discard(ctx, r.bucket, d, r.object.sequence)
 		return fmt.Errorf("%w: blob %v is damaged: %s", cas.ErrMismatch, d, how)
 	}
 	r.count = func(n int) { s.metrics.readBytes.Add(float64(n)) }
+	r.find = func(cause error) (*bucket, object, error) { return s.moved(ctx, r.bucket, d, cause) }
+	s.readers.add(r, d)
+	r.done = func() { s.readers.remove(r) }
 	if err := r.start(from.offset); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
@@ -69,19 +72,20 @@ func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, from 
 
 // newLargeReader returns a reader without range and verdict, which are the caller's to set.
 func (s *Store) newLargeReader(ctx context.Context, b *bucket, d digest.Digest, o object) (*largeReader, error) {
-	arriving := make(chan *nats.Msg, 3*(windowChunks+1))
+	arriving := make(chan *nats.Msg, 4*(windowChunks+1)) // two windows, and as many after a move
 	inbox := s.bulk.conn.NewInbox()
 	sub, err := s.bulk.conn.ChanSubscribe(inbox+".*", arriving)
 	if err != nil {
 		return nil, brokerError(ctx, err)
 	}
-	r := &largeReader{digest: d, object: o, inbox: inbox, sub: sub, count: func(int) {}}
+	r := &largeReader{digest: d, bucket: b, object: o, inbox: inbox, sub: sub, count: func(int) {}, done: func() {}}
+	r.find = func(cause error) (*bucket, object, error) { return nil, object{}, cause }
 	r.ask = func(reply string, request []byte) error {
-		return brokerError(ctx, s.bulk.conn.PublishRequest("$JS.API.DIRECT.GET."+b.stream, reply, request))
+		return brokerError(ctx, s.bulk.conn.PublishRequest("$JS.API.DIRECT.GET."+r.bucket.stream, reply, request))
 	}
 	r.receive = func() (*nats.Msg, error) { return receive(ctx, arriving, s.cfg.StallTimeout) }
 	r.leader = func(after uint64) (stored, error) {
-		return s.bulk.nextFromLeader(ctx, b.stream, o.chunks, after+1)
+		return s.bulk.nextFromLeader(ctx, r.bucket.stream, r.object.chunks, after+1)
 	}
 	return r, nil
 }
@@ -118,6 +122,7 @@ type window struct {
 // belongs to one goroutine.
 type largeReader struct {
 	digest digest.Digest
+	bucket *bucket
 	object object
 	hash   hash.Hash // nil unless the read began at 0
 	inbox  string
@@ -130,7 +135,11 @@ type largeReader struct {
 	// discard makes the store forget what is damaged, and returns the error of the read.
 	discard func(how string) error
 	count   func(n int)
+	// find returns where the blob is when its generation was dropped, and else the error.
+	find func(cause error) (*bucket, object, error)
+	done func() // when nobody reads any more
 
+	moves   int       // to other generations
 	chunks  int       // to be read, from the first of the blob on
 	last    uint64    // the sequence of the chunk before the first that was not asked for, unless positions tell
 	asked   int       // the first chunk that was not asked for
@@ -162,7 +171,8 @@ func (r *largeReader) start(offset int64) error {
 func (r *largeReader) askAhead() error {
 	for len(r.windows) < 2 && r.asked < r.chunks {
 		w := &window{next: r.asked, end: min(r.asked+windowChunks, r.chunks)}
-		w.reply = r.inbox + "." + strconv.Itoa(w.next)
+		// What was asked for before a move may still be answered.
+		w.reply = r.inbox + "." + strconv.Itoa(r.moves) + "-" + strconv.Itoa(w.next)
 		if len(r.object.positions) > 0 {
 			w.after = r.object.positions[w.next] - 1
 		} else if len(r.windows) > 0 {
@@ -190,23 +200,17 @@ func (r *largeReader) askAhead() error {
 
 // advance makes the next chunk the current one.
 func (r *largeReader) advance() error {
-	w := r.windows[0]
-	for len(w.arrived) == 0 && !w.complete {
-		m, err := r.receive()
-		if err != nil {
+	m, err := r.obtain(r.windows[0])
+	for err != nil && !errors.Is(err, cas.ErrNotFound) {
+		if err = r.move(err); err != nil {
 			return err
 		}
-		if err := r.sort(m); err != nil {
-			return err
-		}
-	}
-	m, err := r.next(w)
-	if errors.Is(err, cas.ErrNotFound) {
-		return r.discard("a chunk is missing")
+		m, err = r.obtain(r.windows[0])
 	}
 	if err != nil {
-		return err
+		return r.discard("a chunk is missing")
 	}
+	w := r.windows[0]
 	w.after = m.sequence
 	if err := checkChunk(m.header, w.next, m.data); err != nil {
 		return r.discard(err.Error())
@@ -222,6 +226,35 @@ func (r *largeReader) advance() error {
 		}
 	}
 	return nil
+}
+
+// obtain waits for the next chunk of a window.
+func (r *largeReader) obtain(w *window) (stored, error) {
+	for len(w.arrived) == 0 && !w.complete {
+		m, err := r.receive()
+		if err != nil {
+			return stored{}, err
+		}
+		if err := r.sort(m); err != nil {
+			return stored{}, err
+		}
+	}
+	return r.next(w)
+}
+
+// move goes on at the same chunk in another generation, if that is what the error was about.
+func (r *largeReader) move(cause error) error {
+	b, o, err := r.find(cause)
+	if err != nil {
+		return err
+	}
+	if r.frames && o.zstd {
+		r.hash = nil // as for any read of frames that are passed on
+	}
+	r.bucket, r.object = b, o
+	r.moves++
+	r.asked, r.windows = r.windows[0].next, nil
+	return r.askAhead()
 }
 
 // take makes a stored chunk of so many bytes the current one.
@@ -347,6 +380,7 @@ func (r *largeReader) Close() error {
 	if r.sub == nil {
 		return nil
 	}
+	r.done()
 	if r.err == nil {
 		r.err = fmt.Errorf("read of %v after Close", r.digest)
 	}

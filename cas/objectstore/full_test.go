@@ -21,6 +21,7 @@ import (
 	"github.com/jetfarm/jetfarm/broker/brokertest"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/objectstore"
 )
 
@@ -187,8 +188,70 @@ func TestOrphansArePurged(t *testing.T) {
 	}
 }
 
-// A read that is going on when its generation is dropped may have to be repeated, but the blob does not
-// count as damaged.
+// A read goes on where its blob was copied to when its generation is dropped, in whatever form it is
+// stored here and there.
+func TestReadGoesOnInAnotherGeneration(t *testing.T) {
+	t.Parallel()
+	const budget = 48 << 20
+	for _, first := range []objectstore.Compression{objectstore.CompressNothing, objectstore.CompressAll} {
+		t.Run(string(first), func(t *testing.T) {
+			t.Parallel()
+			f := brokertest.Start(t)
+			cfg := limited(t, f, budget)
+			cfg.Compression = objectstore.CompressAll
+			s := rotating(t, cfg)
+			cfg = config(t, f)
+			cfg.Compression = first
+			data := content(t, "text", 6<<20+1)
+			k := kept{castest.Space(t, "").Of(data), data}
+			if err := running(t, cfg).Put(t.Context(), k.digest, bytes.NewReader(data)); err != nil {
+				t.Fatal(err)
+			}
+			plain, err := s.Open(t.Context(), k.digest, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer plain.Close()
+			frames, err := s.OpenFrames(t.Context(), k.digest, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer frames.Close()
+			begun := make([]byte, 1<<20)
+			if _, err := io.ReadFull(plain, begun); err != nil {
+				t.Fatal(err)
+			}
+			begunFrames := make([]byte, 1000)
+			if _, err := io.ReadFull(frames, begunFrames); err != nil {
+				t.Fatal(err)
+			}
+			js := newJetStream(t, f.Connect(t))
+			for range 1000 {
+				if _, there := streams(t, js)["OBJ_cas-l-1-0"]; !there {
+					break
+				}
+				put(t, s, 1<<20)
+				if got := missing(t, s, k.digest); len(got) != 0 {
+					t.Fatal("a blob that is asked for is gone")
+				}
+			}
+			wantRead(t, "plain", readOn(begun, plain), nil, data)
+			z := compress.NewReader(readOn(begunFrames, frames), int64(len(data)))
+			wantRead(t, "frames", z, nil, data)
+		})
+	}
+}
+
+// readOn reads on after what was read.
+func readOn(begun []byte, r io.ReadCloser) io.ReadCloser {
+	return struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(bytes.NewReader(begun), r), r}
+}
+
+// A read that is going on when its generation is dropped may have to be repeated, when it did not move for
+// as long as it took to fill the store, but the blob does not count as damaged.
 func TestReadOfDroppedGeneration(t *testing.T) {
 	t.Parallel()
 	const budget = 64 << 20

@@ -74,7 +74,7 @@ func (s *Store) attempts(ctx context.Context, d digest.Digest, token string, in 
 		err := s.bulk.counts(ctx, b.stream, b.chunks+tail(d)+"."+token+".*", func(subject string, n uint64) {
 			found = append(found, attempt{bucket: b, subject: subject, chunks: int(min(n, maxChunks))})
 		})
-		if err != nil {
+		if err != nil && !s.isDropped(ctx, b) {
 			return nil, err
 		}
 	}

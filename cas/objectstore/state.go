@@ -116,6 +116,9 @@ func (s *Store) see(v *view) *view {
 			continue
 		}
 		s.index.drop(v.Dropped)
+		if v.Aging > old.Aging {
+			s.renew()
+		}
 		if v.Current > s.current().number || v.Dropped != old.Dropped {
 			wake(s.turn)
 		}

@@ -34,6 +34,7 @@ type Store struct {
 	viewed   atomic.Pointer[view]
 	ledger   *ledger
 	forward  *forward
+	readers  *readers
 	disks    disks
 	refusals refusals
 	collects chan *nats.Msg
@@ -66,7 +67,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		turn:   make(chan struct{}, 1),
 		work:   make(chan struct{}, 1),
 		news:   news{sender: rand.Uint64(), wake: make(chan struct{}, 1)}, //nolint:gosec // a name, not a secret
-		ledger: newLedger(), forward: newForward(), collects: make(chan *nats.Msg, 1),
+		ledger: newLedger(), forward: newForward(), readers: newReaders(), collects: make(chan *nats.Msg, 1),
 		small: api{conn: cfg.Small, timeout: cfg.RequestTimeout},
 		bulk:  api{conn: cfg.Bulk, timeout: cfg.RequestTimeout},
 	}
