@@ -91,12 +91,17 @@ func (c *Client) cancelAbandoned(ctx context.Context) error {
 				c.log.DebugContext(ctx, "ask who watches", "err", err)
 			}
 			for _, operation := range unwatched {
-				err := c.end(ctx, operation, code.Code_CANCELLED, abandonedText)
-				if err != nil && !errors.Is(err, ErrNotFound) && ctx.Err() == nil {
-					c.log.WarnContext(ctx, "cancel abandoned operation", "operation", operation, "err", err)
-				}
+				c.endAbandoned(ctx, operation)
 			}
 		}
+	}
+}
+
+// endAbandoned cancels an operation that nobody watches, unless it was submitted to be that.
+func (c *Client) endAbandoned(ctx context.Context, operation string) {
+	err := c.endIf(ctx, operation, code.Code_CANCELLED, abandonedText, func(r *record) bool { return !r.Unattended })
+	if err != nil && !errors.Is(err, ErrNotFound) && ctx.Err() == nil {
+		c.log.WarnContext(ctx, "cancel abandoned operation", "operation", operation, "err", err)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // Config says how a Client works. Only Conn and Log are required.
@@ -31,7 +32,11 @@ type Config struct {
 	Patience time.Duration
 	// Abandoned is how long an operation goes on when nobody watches it.
 	Abandoned time.Duration
+	// Reconcile is how often one process of the farm looks for what others have left undone.
+	Reconcile time.Duration
 	Log       *slog.Logger
+	// Registerer gets the metrics; nil is none.
+	Registerer prometheus.Registerer
 }
 
 // The defaults of Config.
@@ -42,24 +47,31 @@ const (
 	DefaultMendAfter = 15 * time.Second
 	DefaultPatience  = 5 * time.Minute
 	DefaultAbandoned = time.Minute
+	DefaultReconcile = 15 * time.Second
 )
 
 // Client is a process's view of the operations of the farm. New makes one, Open prepares the broker,
 // Run keeps the view of workers and pools current and ends operations that were abandoned.
 type Client struct {
-	nc        *nats.Conn
-	js        jetstream.JetStream
-	log       *slog.Logger
-	replicas  int
-	ackWait   time.Duration
-	maxQueued int64
-	heartbeat time.Duration
-	mendAfter time.Duration
-	patience  time.Duration
-	abandoned time.Duration
+	nc         *nats.Conn
+	js         jetstream.JetStream
+	log        *slog.Logger
+	replicas   int
+	ackWait    time.Duration
+	maxQueued  int64
+	heartbeat  time.Duration
+	mendAfter  time.Duration
+	patience   time.Duration
+	abandoned  time.Duration
+	reconciles time.Duration
+	metrics    *metrics
 
-	operations, jobs, flights jetstream.Stream
-	pools, registry           jetstream.KeyValue
+	operations, jobs, flights, dead jetstream.Stream
+	pools, registry, leases         jetstream.KeyValue
+
+	// id names this process in the lease of the reconciler, which alone uses leading, the lease's revision.
+	id      string
+	leading uint64
 
 	view     view
 	departed departures
@@ -79,8 +91,9 @@ func New(cfg Config) (*Client, error) {
 		replicas: cfg.Replicas, ackWait: orDefault(cfg.AckWait, DefaultAckWait),
 		maxQueued: orDefault(cfg.MaxQueued, DefaultMaxQueued), heartbeat: orDefault(cfg.Heartbeat, DefaultHeartbeat),
 		mendAfter: orDefault(cfg.MendAfter, DefaultMendAfter), patience: orDefault(cfg.Patience, DefaultPatience),
-		abandoned: orDefault(cfg.Abandoned, DefaultAbandoned),
-		gap:       make(chan struct{}),
+		abandoned: orDefault(cfg.Abandoned, DefaultAbandoned), reconciles: orDefault(cfg.Reconcile, DefaultReconcile),
+		metrics: newMetrics(cfg.Registerer), id: newName(),
+		gap: make(chan struct{}),
 	}
 	c.view.init()
 	cfg.Conn.SetReconnectHandler(func(*nats.Conn) { c.missed() })

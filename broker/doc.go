@@ -10,7 +10,8 @@
 // work-queue stream JOBS, which keeps one message per operation until a worker has acknowledged it.
 // Its flight is the last message of the action's subject in the stream FLIGHTS and makes equal
 // actions share one operation while it runs. They are written in the order flight, record, job and
-// settled in the order record, flight, job, and each step may be repeated.
+// settled in the order record, flight, job, and each step may be repeated. What is left undone is found by
+// whoever needs it next, and else by one process of the farm that looks for it (reconcile.go).
 //
 // Watchers do not consume from JetStream. The server republishes each stored record to a subject of
 // core NATS, together with its sequence; a watcher subscribes, reads the record once and then keeps

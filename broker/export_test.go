@@ -1,6 +1,16 @@
 package broker
 
-import "time"
+import (
+	"context"
+	"errors"
+	"time"
+)
 
 // SetPullBound shortens the bound of a pull.
 func (q *Queue) SetPullBound(d time.Duration) { q.bound = d }
+
+// Reconcile takes one turn of the reconciler.
+func (c *Client) Reconcile(ctx context.Context) error {
+	r := &reconciler{c: c}
+	return errors.Join(r.queues(ctx), r.flights(ctx))
+}

@@ -291,7 +291,7 @@ func TestSlowWaiterStillGetsTerminal(t *testing.T) {
 		seen++
 		if seen == 1 {
 			for range 6 {
-				if err := begin(t, q).Return(t.Context(), "again"); err != nil {
+				if err := begin(t, q).HandOver(t.Context(), "again"); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -64,10 +64,11 @@ func (l *Lease) Attempt() int {
 
 // Tries is Attempt without the attempts that ended through no fault of the action or its worker, as
 // when a worker is shut down.
-func (l *Lease) Tries() int { return l.Attempt() - l.record.Spared }
+func (l *Lease) Tries() int { return len(l.record.Failures) + 1 }
 
 // Begin puts the operation into the stage EXECUTING under a new attempt, which ends every earlier
-// one. ErrLost says that there is nothing to run; the lease is over then.
+// one. ErrLost says that there is nothing to run, since the operation has ended, or ends now because too
+// many workers have died with it; the lease is over then.
 func (l *Lease) Begin(ctx context.Context) error {
 	w, err := l.q.c.watcher(l.record.Operation)
 	if err != nil {
@@ -76,7 +77,10 @@ func (l *Lease) Begin(ctx context.Context) error {
 	r, revision, err := l.begin(ctx)
 	if err != nil {
 		w.stop(ctx)
-		if errors.Is(err, ErrLost) || errors.Is(err, ErrNotFound) {
+		if errors.Is(err, errExhausted) {
+			err = l.q.c.buryExhausted(ctx, r)
+		}
+		if err == nil || errors.Is(err, ErrLost) || errors.Is(err, ErrNotFound) {
 			l.acknowledge(ctx)
 			return fmt.Errorf("%w: operation %s is already done or was deleted", ErrLost, l.record.Operation)
 		}
@@ -88,10 +92,18 @@ func (l *Lease) Begin(ctx context.Context) error {
 }
 
 func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
+	tried := 0
 	change := func(r *record) error {
-		if r.done() {
+		switch {
+		case r.done():
 			return ErrLost
+		case tried > 0 && r.Attempt == tried && r.Worker == l.q.self.Name:
+			return errUnchanged // an earlier try whose answer was lost
 		}
+		if r.lose(); r.exhausted() {
+			return errExhausted
+		}
+		tried = r.Attempt + 1
 		r.Attempt, r.Worker, r.Stage, r.Note, r.Revision = r.Attempt+1, l.q.self.Name, repb.ExecutionStage_EXECUTING, "", 0
 		r.ActionData = nil // the job still has it
 		return nil
@@ -107,7 +119,11 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 			return &r, revision, err
 		}
 	}
-	return l.q.c.update(ctx, l.record.Operation, change)
+	r, revision, err := l.q.c.update(ctx, l.record.Operation, change)
+	if errors.Is(err, errUnchanged) {
+		err = nil
+	}
+	return r, revision, err
 }
 
 // Guard blocks until ctx ends, whose cause it returns, or the lease is over: ErrCancelled when the
@@ -125,9 +141,7 @@ func (l *Lease) Guard(ctx context.Context) error {
 			deserted = l.deserted(ctx, deserted)
 			if !deserted.IsZero() && time.Since(deserted) >= l.q.c.abandoned {
 				// When this fails the next heartbeat does it; when not, the end arrives like any other.
-				if err := l.q.c.end(ctx, op.Name, code.Code_CANCELLED, abandonedText); err != nil && ctx.Err() == nil {
-					l.q.c.log.WarnContext(ctx, "cancel abandoned operation", "operation", op.Name, "err", err)
-				}
+				l.q.c.endAbandoned(ctx, op.Name)
 			}
 		}
 		switch {
@@ -212,33 +226,47 @@ func (l *Lease) settle(ctx context.Context, o Outcome) error {
 
 // Return gives the job back after a failure of the farm: the operation goes to the stage QUEUED with
 // a note, and the job to another worker after a moment. reason says why in a few words that a user
-// may read.
+// may read. When it was the last of MaxAttempts the operation ends instead, which ErrExhausted says.
 func (l *Lease) Return(ctx context.Context, reason string) error {
-	return l.giveUp(ctx, reason, 0)
+	return l.giveUp(ctx, reason, true)
 }
 
 // HandOver is Return for a worker that is shut down: it does not count as one of the Tries.
 func (l *Lease) HandOver(ctx context.Context, reason string) error {
-	return l.giveUp(ctx, reason, 1)
+	return l.giveUp(ctx, reason, false)
 }
 
 // Drop ends a lease that Guard has reported as over. The job belongs to whoever took it over.
 func (l *Lease) Drop(ctx context.Context) { l.end(ctx) }
 
-func (l *Lease) giveUp(ctx context.Context, reason string, spared int) error {
+func (l *Lease) giveUp(ctx context.Context, reason string, failed bool) error {
 	defer l.end(ctx)
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
 	attempt := l.record.Attempt
-	_, _, err := l.q.c.update(ctx, l.record.Operation, func(r *record) error {
-		if r.done() || r.Attempt != attempt || l.begun == 0 {
+	r, _, err := l.q.c.update(ctx, l.record.Operation, func(r *record) error {
+		if r.done() || r.Attempt != attempt || l.begun == 0 || r.Stage != repb.ExecutionStage_EXECUTING {
 			return errUnchanged
 		}
+		if failed {
+			r.fail(l.q.self.Name, reason, time.Now())
+		}
+		if r.exhausted() {
+			return errExhausted
+		}
 		r.Stage, r.Worker, r.Note = repb.ExecutionStage_QUEUED, "", reason
-		r.Spared += spared
 		return nil
 	})
-	l.q.c.nakAfter(ctx, l.ack)
+	if errors.Is(err, errExhausted) {
+		if err = l.q.c.buryExhausted(ctx, r); err == nil {
+			l.acknowledge(ctx)
+			return ErrExhausted
+		}
+		if errors.Is(err, ErrLost) {
+			err = errUnchanged
+		}
+	}
+	l.q.c.nakAfter(ctx, l.ack, returnDelay)
 	if errors.Is(err, errUnchanged) || errors.Is(err, ErrNotFound) {
 		return nil
 	}
@@ -251,12 +279,12 @@ const returnDelay = 200 * time.Millisecond
 // giveBack returns a job that was never begun.
 func (l *Lease) giveBack(ctx context.Context) {
 	l.end(ctx)
-	l.q.c.nakAfter(ctx, l.ack)
+	l.q.c.nakAfter(ctx, l.ack, returnDelay)
 }
 
 // nakAfter makes the broker deliver a job again in a moment. When that fails it does so after AckWait.
-func (c *Client) nakAfter(ctx context.Context, ack string) {
-	if err := c.nc.Publish(ack, fmt.Appendf(nil, `-NAK {"delay":%d}`, returnDelay.Nanoseconds())); err != nil {
+func (c *Client) nakAfter(ctx context.Context, ack string, delay time.Duration) {
+	if err := c.nc.Publish(ack, fmt.Appendf(nil, `-NAK {"delay":%d}`, delay.Nanoseconds())); err != nil {
 		c.log.WarnContext(ctx, "return job", "err", err)
 	}
 }

@@ -51,9 +51,15 @@ func (c *Client) List(ctx context.Context, limit int, token string) (ops []*Oper
 
 // after returns the first record at or after a sequence.
 func (c *Client) after(ctx context.Context, sequence uint64) (*jetstream.RawStreamMsg, error) {
+	return c.following(ctx, c.operations, sequence, operationSubject+"*")
+}
+
+// following returns the first message at or after a sequence whose subject matches, or
+// jetstream.ErrMsgNotFound.
+func (c *Client) following(ctx context.Context, s jetstream.Stream, sequence uint64, subject string) (*jetstream.RawStreamMsg, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 	defer cancel()
-	msg, err := c.operations.GetMsg(ctx, sequence, jetstream.WithGetMsgSubject(operationSubject+"*"))
+	msg, err := s.GetMsg(ctx, sequence, jetstream.WithGetMsgSubject(subject))
 	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
 		return nil, unavailable(cause(ctx, err))
 	}
@@ -68,8 +74,13 @@ func (c *Client) Cancel(ctx context.Context, operation string) error {
 
 // end makes an operation terminal with a status and no result, unless it is done.
 func (c *Client) end(ctx context.Context, operation string, status code.Code, message string) error {
+	return c.endIf(ctx, operation, status, message, func(*record) bool { return true })
+}
+
+// endIf is end on a condition.
+func (c *Client) endIf(ctx context.Context, operation string, status code.Code, message string, condition func(*record) bool) error {
 	rec, _, err := c.update(ctx, operation, func(r *record) error {
-		if r.done() {
+		if r.done() || !condition(r) {
 			return errUnchanged
 		}
 		r.finish(status, message)

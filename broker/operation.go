@@ -26,6 +26,8 @@ var (
 	ErrNoWorker = errors.New("no worker offers the platform")
 	// ErrLost reports a lease that is over: another attempt or a terminal state was first.
 	ErrLost = errors.New("lease lost")
+	// ErrExhausted reports that the attempt that was given up was the last one: the operation has ended.
+	ErrExhausted = errors.New("no attempt is left")
 	// ErrCancelled reports a lease whose operation was cancelled.
 	ErrCancelled = errors.New("operation cancelled")
 )
@@ -55,6 +57,8 @@ type Operation struct {
 	Priority int32
 	// Invocation is the client's tool_invocation_id, as it was sent.
 	Invocation string
+	// Failures are the attempts that failed for no fault of the action, at most MaxAttempts.
+	Failures []Failure
 	// Note says in a sentence why the operation is where it is, when there is something to say.
 	Note string
 	// Response is the serialized ExecuteResponse of a done operation, unless ResponseBlob names it.
@@ -105,7 +109,7 @@ type record struct {
 	ActionData      []byte                    `json:"action_data,omitempty"`
 	Stage           repb.ExecutionStage_Value `json:"stage"`
 	Attempt         int                       `json:"attempt,omitempty"`
-	Spared          int                       `json:"spared,omitempty"`
+	Failures        []Failure                 `json:"failures,omitempty"`
 	Worker          string                    `json:"worker,omitempty"`
 	Queued          time.Time                 `json:"queued"`
 	Updated         time.Time                 `json:"updated"`
@@ -118,6 +122,7 @@ type record struct {
 	Metadata        []byte                    `json:"metadata,omitempty"`
 	Invocation      string                    `json:"invocation,omitempty"`
 	Flight          uint64                    `json:"flight,omitempty"`
+	Unattended      bool                      `json:"unattended,omitempty"`
 	Note            string                    `json:"note,omitempty"`
 	ResponseBlob    *blobRef                  `json:"response_blob,omitempty"`
 	Logs            *logRefs                  `json:"logs,omitempty"`
@@ -173,7 +178,7 @@ func (r *record) snapshot(revision uint64) (*Operation, error) {
 	return &Operation{
 		Name: r.Operation, Action: action, Stage: r.Stage, Attempt: r.Attempt, Worker: r.Worker,
 		Queued: r.Queued, Updated: r.Updated, Platform: r.Platform, Pool: r.Pool, Lane: r.Lane, Priority: r.Priority,
-		Invocation: r.Invocation, Note: r.Note, Response: r.response, ResponseBlob: blob, Revision: revision,
+		Invocation: r.Invocation, Failures: r.Failures, Note: r.Note, Response: r.response, ResponseBlob: blob, Revision: revision,
 		kept: r.Logs != nil, stdout: stdout, stderr: stderr,
 	}, nil
 }

@@ -296,7 +296,7 @@ func (q *Queue) abandonInbox(ctx context.Context) {
 		select {
 		case msg := <-q.replies:
 			if msg.Reply != "" {
-				q.c.nakAfter(ctx, msg.Reply)
+				q.c.nakAfter(ctx, msg.Reply, returnDelay)
 			}
 		default:
 			q.replies = nil
@@ -324,13 +324,16 @@ func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {
 		_, err = r.Action.digest()
 	}
 	if err != nil {
-		// No worker will ever understand it; its operation, if there is one, is mended by its watchers.
 		q.c.log.ErrorContext(ctx, "unreadable job removed", "subject", msg.Subject, "err", err)
-		return nil, q.c.nc.Publish(msg.Reply, []byte(ackTerminate))
+		return nil, q.c.removeUnreadable(ctx, msg.Subject, msg.Reply)
 	}
 	metadata, err := msg.Metadata()
 	if err != nil {
 		return nil, fmt.Errorf("job %s: %w", r.Operation, err)
+	}
+	if metadata.NumDelivered > 1 && q.shuns(ctx, r) {
+		q.c.nakAfter(ctx, msg.Reply, shunDelay)
+		return nil, nil //nolint:nilnil // no job for this worker
 	}
 	l := &Lease{q: q, record: r, ack: msg.Reply, first: metadata.NumDelivered == 1}
 	if err := q.c.nc.Publish(l.ack, []byte(ackInProgress)); err != nil {

@@ -83,13 +83,7 @@ func (c *Client) Active(ctx context.Context, limit int) (ops []*Operation, more 
 }
 
 func (c *Client) jobAfter(ctx context.Context, sequence uint64) (*jetstream.RawStreamMsg, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
-	defer cancel()
-	msg, err := c.jobs.GetMsg(ctx, sequence, jetstream.WithGetMsgSubject(jobSubject+"*.*.*"))
-	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return nil, unavailable(cause(ctx, err))
-	}
-	return msg, err
+	return c.following(ctx, c.jobs, sequence, jobSubject+"*.*.*")
 }
 
 // Why says in a sentence why an operation is where it is, and how many are before it in its lane if

@@ -32,6 +32,8 @@ type Request struct {
 	// DoNotCache keeps the request from joining an equal one.
 	DoNotCache bool
 	Metadata   *repb.RequestMetadata
+	// Unattended keeps the operation from being cancelled while nobody watches it.
+	Unattended bool
 	// Confirm is called when this request has become the one in flight for its action and before
 	// anything is queued; its error ends Submit, which returns it as it is. It is the place to look
 	// into the action cache again: an equal action may have ended since the first look.
@@ -101,11 +103,8 @@ func (c *Client) claim(ctx context.Context, rec *record, r Request) (joined stri
 	if err := c.ensurePool(ctx, rec.Pool, platform); err != nil {
 		return "", err
 	}
-	if !r.DoNotCache {
-		joined, err := c.claimFlight(ctx, rec)
-		if err != nil || joined != "" {
-			return joined, err
-		}
+	if joined, err := c.claimFlight(ctx, rec); err != nil || joined != "" {
+		return joined, err
 	}
 	if r.Confirm != nil {
 		if err := r.Confirm(ctx); err != nil {
@@ -129,7 +128,7 @@ func newRecord(r Request) *record {
 	return &record{
 		Operation: newName(), Action: refOf(r.Action), ActionData: action, Stage: repb.ExecutionStage_QUEUED,
 		Queued: now, Updated: now, Lane: laneOf(r.Priority), Platform: r.Platform,
-		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache,
+		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache, Unattended: r.Unattended,
 		Metadata: metadata, Invocation: fmt.Sprintf("%.*s", maxInvocation, r.Metadata.GetToolInvocationId()),
 	}
 }
@@ -249,8 +248,12 @@ func (c *Client) mend(ctx context.Context, op *Operation) {
 }
 
 // flightOf is the subject under which equal requests meet: those of one action that treat the
-// action cache alike.
+// action cache alike. An operation that none may join has a flight of its own, by which the reconciler
+// finds it.
 func flightOf(r *record) string {
+	if r.DoNotCache {
+		return flightSubject + r.Action.Space + "." + r.Operation
+	}
 	lookup := "lookup"
 	if r.SkipCacheLookup {
 		lookup = "skip"

@@ -15,6 +15,7 @@ const (
 	operationsStream = "OPERATIONS"
 	jobsStream       = "JOBS"
 	flightsStream    = "FLIGHTS"
+	deadStream       = "DEAD"
 	poolsBucket      = "pools"
 	workersBucket    = "workers"
 
@@ -22,6 +23,7 @@ const (
 	statusSubject    = "jetfarm.status."
 	jobSubject       = "jetfarm.job."
 	flightSubject    = "jetfarm.flight."
+	deadSubject      = "jetfarm.dead."
 	bellSubject      = "jetfarm.bell."
 	workerSubject    = "jetfarm.worker."
 	logSubject       = "jetfarm.log."
@@ -41,7 +43,7 @@ const (
 	// abandonedAfter ends the record of an operation that nobody ended, watched or changed.
 	abandonedAfter = 72 * time.Hour
 	// flightTTL ends a flight that nobody released; the record of its operation decides before that.
-	flightTTL = 24 * time.Hour
+	flightTTL = abandonedAfter
 )
 
 func laneOf(priority int32) int {
@@ -94,13 +96,18 @@ func (c *Client) open(ctx context.Context) error {
 		},
 		{
 			Name: jobsStream, Description: "jetfarm: operations that wait for a worker or run on one",
-			Subjects: []string{jobSubject + "*.*.*"}, Retention: jetstream.WorkQueuePolicy, MaxMsgs: c.maxQueued,
+			Subjects: []string{jobSubject + "*.*.*"}, Retention: jetstream.WorkQueuePolicy, MaxMsgs: c.maxQueued, MaxAge: abandonedAfter,
 			MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true,
 			Duplicates: duplicates, Replicas: c.replicas,
 		},
 		{
 			Name: flightsStream, Description: "jetfarm: which operation runs an action that others may join",
 			Subjects: []string{flightSubject + "*.*"}, MaxMsgsPerSubject: 1, MaxAge: flightTTL,
+			AllowDirect: c.replicas == 1, Duplicates: duplicates, Replicas: c.replicas,
+		},
+		{
+			Name: deadStream, Description: "jetfarm: operations that were set aside because all their attempts failed",
+			Subjects: []string{deadSubject + "*"}, MaxMsgsPerSubject: 1, MaxMsgs: maxLetters, MaxBytes: maxLetterBytes, MaxAge: letterTTL,
 			AllowDirect: c.replicas == 1, Duplicates: duplicates, Replicas: c.replicas,
 		},
 	}
@@ -123,13 +130,19 @@ func (c *Client) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", workersBucket, err)
 	}
+	c.leases, err = c.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: leasesBucket, TTL: max(2*c.reconciles, time.Second), Replicas: c.replicas,
+	})
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", leasesBucket, err)
+	}
 	return c.ensureConsumers(ctx, defaultPool)
 }
 
 // bind gets the streams that are there.
 func (c *Client) bind(ctx context.Context) error {
 	for name, stream := range map[string]*jetstream.Stream{
-		operationsStream: &c.operations, jobsStream: &c.jobs, flightsStream: &c.flights,
+		operationsStream: &c.operations, jobsStream: &c.jobs, flightsStream: &c.flights, deadStream: &c.dead,
 	} {
 		var err error
 		if *stream, err = c.js.Stream(ctx, name); err != nil {
@@ -207,7 +220,7 @@ func (c *Client) ensureConsumers(ctx context.Context, pool string) error {
 	for lane := range lanes {
 		_, err := c.js.CreateOrUpdateConsumer(ctx, jobsStream, jetstream.ConsumerConfig{
 			Durable: consumerName(pool, lane), FilterSubject: jobSubject + pool + "." + strconv.Itoa(lane) + ".*",
-			AckPolicy: jetstream.AckExplicitPolicy, AckWait: c.ackWait, MaxDeliver: -1, MaxAckPending: -1, MaxWaiting: 4096,
+			AckPolicy: jetstream.AckExplicitPolicy, AckWait: c.ackWait, MaxDeliver: maxDeliveries, MaxAckPending: -1, MaxWaiting: 4096,
 		})
 		if err != nil {
 			return fmt.Errorf("consumer %s: %w", consumerName(pool, lane), err)

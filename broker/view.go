@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -54,14 +55,16 @@ func (v *view) init() {
 	v.workers, v.pools, v.changed = map[string]seenWorker{}, map[string]Platform{defaultPool: nil}, make(chan struct{})
 }
 
-// Run follows the registries of workers and pools, and cancels operations that their last watcher left
-// in this process, until ctx ends. Without it a client knows no workers and only the pools that it has
+// Run follows the registries of workers and pools, cancels operations that their last watcher left
+// in this process, and mends what other processes left undone, until ctx ends. Without it a client knows no workers and only the pools that it has
 // made.
 func (c *Client) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return c.follow(ctx, c.registry, c.view.sawWorker) })
 	group.Go(func() error { return c.follow(ctx, c.pools, c.view.sawPool) })
 	group.Go(func() error { return c.cancelAbandoned(ctx) })
+	group.Go(func() error { return c.reconcile(ctx) })
+	group.Go(func() error { return c.hearAdvisories(ctx) })
 	if err := group.Wait(); ctx.Err() == nil {
 		return err
 	}
@@ -148,6 +151,17 @@ func (v *view) knows(pool string) bool {
 	defer v.mu.Unlock()
 	_, known := v.pools[pool]
 	return known
+}
+
+func (v *view) poolNames() []string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return slices.Sorted(maps.Keys(v.pools))
+}
+
+// lives tells whether a worker was heard of lately.
+func (v *view) lives(worker string) bool {
+	return slices.ContainsFunc(v.live(), func(w WorkerInfo) bool { return w.Name == worker })
 }
 
 func (v *view) poolCount() int {

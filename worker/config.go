@@ -58,9 +58,6 @@ const (
 	defaultMaxLog     = 64 << 20
 )
 
-// MaxAttempts is how many workers try a job before it ends as UNAVAILABLE.
-const MaxAttempts = 3
-
 func (c *Config) complete() error {
 	if c.Concurrency == 0 {
 		c.Concurrency = runtime.GOMAXPROCS(0)

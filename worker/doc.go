@@ -11,7 +11,7 @@
 // inputs are FAILED_PRECONDITION with one violation each, a timeout is DEADLINE_EXCEEDED with what the
 // action had written so far, any exit code is OK. What is the farm's doing (a storage that does not
 // answer, a full disk, a sandbox that can't be set up) never is: the job goes back to the queue for
-// another worker, and after MaxAttempts ends as UNAVAILABLE.
+// another worker, and after broker.MaxAttempts ends as UNAVAILABLE.
 //
 // Blobs are durable before the action cache names them, and both before the operation is settled, so a
 // worker that dies between two of these steps leaves nothing that a second attempt does not mend. Only

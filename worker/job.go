@@ -3,13 +3,11 @@ package worker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"golang.org/x/sync/errgroup"
-	"google.golang.org/genproto/googleapis/rpc/code"
 
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
@@ -81,10 +79,6 @@ func (j *job) run(ctx context.Context) (*repb.ExecuteResponse, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	if j.lease.Tries() > MaxAttempts {
-		j.outcome = outcomeUnavailable
-		return failure(code.Code_UNAVAILABLE, fmt.Sprintf("the action was tried on %d workers and finished on none", MaxAttempts)), nil
-	}
 	if result := j.earlier(ctx); result != nil {
 		j.outcome = outcomeCached
 		return &repb.ExecuteResponse{Result: result, CachedResult: true}, nil
@@ -128,23 +122,18 @@ func (j *job) fail(ctx context.Context, err error) {
 	case errors.Is(err, errDraining):
 		log.InfoContext(ctx, "job interrupted by shutdown")
 		giveBack = j.lease.HandOver
-	case j.lease.Tries() >= MaxAttempts:
-		log.ErrorContext(ctx, "job failed for the last time")
-		j.outcome = outcomeUnavailable
-		o, err := j.w.outcome(ctx, j.spec.Action.Space(), failure(code.Code_UNAVAILABLE,
-			fmt.Sprintf("attempt %d, the last one: %s", j.lease.Attempt(), j.w.reason(err))))
-		if err == nil {
-			j.settle(ctx, o)
-			return
-		}
 	default:
 		log.WarnContext(ctx, "job failed and is returned")
 		j.pause(ctx)
 	}
-	j.w.metrics.outcomes.WithLabelValues(outcomeReturned).Inc()
-	if err := giveBack(ctx, j.w.reason(err)); err != nil {
+	j.outcome = outcomeReturned
+	switch err := giveBack(ctx, j.w.reason(err)); {
+	case errors.Is(err, broker.ErrExhausted):
+		j.outcome = outcomeUnavailable
+	case err != nil:
 		log.WarnContext(ctx, "return job", "cause", err)
 	}
+	j.w.metrics.outcomes.WithLabelValues(j.outcome).Inc()
 }
 
 // pause keeps the slot for a moment after a failure of the farm, so that attempts are not used up and

@@ -21,7 +21,7 @@ const (
 	outcomeRejected    = "rejected"    // the client's fault
 	outcomeCached      = "cached"      // an earlier attempt had finished
 	outcomeReturned    = "returned"    // given back to the queue
-	outcomeUnavailable = "unavailable" // ended after MaxAttempts
+	outcomeUnavailable = "unavailable" // given back for the last time
 	outcomeLost        = "lost"        // cancelled or taken over
 )
 

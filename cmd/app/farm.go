@@ -55,7 +55,7 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, cf
 		}
 		f.connections = append(f.connections, nc)
 	}
-	f.client, err = broker.New(broker.Config{Conn: f.connections[0], Replicas: cfg.replicas, Log: p.log})
+	f.client, err = broker.New(broker.Config{Conn: f.connections[0], Replicas: cfg.replicas, Log: p.log, Registerer: f.metrics})
 	if err != nil {
 		return err
 	}

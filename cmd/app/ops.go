@@ -23,6 +23,8 @@ type Ops struct {
 	Show   OpsShow   `cmd:"" help:"Show one operation."`
 	Logs   OpsLogs   `cmd:"" help:"Print what the action of an operation writes, while it runs and after that."`
 	Cancel OpsCancel `cmd:"" help:"Cancel operations: queued ones do not run, running ones are killed."`
+	Dead   OpsDead   `cmd:"" help:"List operations that were set aside because all their attempts failed."`
+	Retry  OpsRetry  `cmd:"" help:"Run actions again that were set aside."`
 }
 
 // OpsLs lists operations.

@@ -1,0 +1,82 @@
+package app_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/broker/brokertest"
+	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cmd/app"
+)
+
+// operate runs an operator's command on a farm.
+func operate(t *testing.T, farm *brokertest.Farm, args ...string) (out string, err error) {
+	t.Helper()
+	var stdout bytes.Buffer
+	err = app.Run(t.Context(), append(args, "--nats", farm.URL()), &stdout, io.Discard)
+	return stdout.String(), err
+}
+
+// TestOpsDeadAndRetry: what was set aside is listed with its reasons, and runs again when asked to.
+func TestOpsDeadAndRetry(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	if out, err := operate(t, farm, "ops", "dead"); err != nil || strings.Count(out, "\n") != 1 {
+		t.Errorf("ops dead of a farm without letters printed %q, %v", out, err)
+	}
+	q := brokertest.Queue(t, c, broker.WorkerInfo{Name: "w1", Slots: 1})
+	action := castest.Space(t, "team").Of([]byte("an action"))
+	operation, err := c.Submit(t.Context(), broker.Request{Action: action})
+	if err != nil {
+		t.Fatal(err)
+	}
+	take := func() *broker.Lease {
+		l, err := q.Next(t.Context())
+		if err == nil {
+			err = l.Begin(t.Context())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	for range broker.MaxAttempts {
+		if err := take().Return(t.Context(), "the disk is \x1bfull"); err != nil && !errors.Is(err, broker.ErrExhausted) {
+			t.Fatal(err)
+		}
+	}
+	out, err := operate(t, farm, "ops", "dead")
+	if err != nil || !strings.Contains(out, operation) || strings.Count(out, "w1: the disk is") != 3 || strings.Contains(out, "\x1b") {
+		t.Errorf("ops dead printed\n%s%v", out, err)
+	}
+	if out, err = operate(t, farm, "ops", "dead", "--json"); err != nil {
+		t.Fatal(err)
+	}
+	var row struct {
+		Name, Instance string
+		Failures       []broker.Failure
+	}
+	if err := json.Unmarshal([]byte(out), &row); err != nil || row.Name != operation || row.Instance != "team" || len(row.Failures) != 3 || row.Failures[2].Worker != "w1" {
+		t.Errorf("ops dead --json printed %s: %+v, %v", out, row, err)
+	}
+	if out, err = operate(t, farm, "ops", "show", operation); err != nil || !strings.Contains(out, "UNAVAILABLE") {
+		t.Errorf("ops show printed\n%s%v", out, err)
+	}
+
+	if out, err = operate(t, farm, "ops", "retry", operation); err != nil {
+		t.Fatal(err)
+	}
+	l := take()
+	if want := operation + " runs as " + l.Job().Operation + "\n"; out != want || l.Job().Action != action {
+		t.Errorf("ops retry printed %q, want %q", out, want)
+	}
+	l.Drop(t.Context())
+	if out, err = operate(t, farm, "ops", "retry", operation); err == nil || !strings.Contains(err.Error(), "ops dead") {
+		t.Errorf("a second retry printed %q, %v", out, err)
+	}
+}
