@@ -14,6 +14,7 @@ import (
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/compress"
 	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/cas/keymap"
 )
 
 // Compression says which blobs are stored compressed; docs/adr/0004 has the measurements. Blobs that
@@ -97,7 +98,7 @@ func hashBytes(d digest.Digest) []byte {
 	hash := d.Hash()
 	sum := make([]byte, len(hash)/2)
 	for i := range sum {
-		sum[i] = nibble(hash[2*i])<<4 | nibble(hash[2*i+1])
+		sum[i] = keymap.Nibble(hash[2*i])<<4 | keymap.Nibble(hash[2*i+1])
 	}
 	return sum
 }

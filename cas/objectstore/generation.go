@@ -8,6 +8,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/cas/keymap"
 )
 
 // generation is the streams that were current at the same time.
@@ -37,11 +38,8 @@ func (g *generation) buckets() []*bucket {
 // shardOf spreads digests over n shards by their hash.
 func shardOf(d digest.Digest, n int) int {
 	hh := d.Hash()[2:4] // the first two digits spread subjects within a stream
-	return int(nibble(hh[0])<<4|nibble(hh[1])) % n
+	return int(keymap.Nibble(hh[0])<<4|keymap.Nibble(hh[1])) % n
 }
-
-// nibble is the value of a lower-case hex digit, without a branch.
-func nibble(c byte) byte { return c&0xf + c>>6*9 }
 
 // add puts a bucket into its place.
 func (g *generation) add(b *bucket) {

@@ -1,45 +1,21 @@
 package objectstore
 
 import (
-	"crypto/sha256"
 	"slices"
 	"sync"
 	"sync/atomic"
 
 	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/cas/keymap"
 )
 
-// key names a blob in the index: the first half of its hash, and outside the default key space
-// mixed with the hash of the space's token. Two blobs of one key would have to agree in 128 bits
-// of their hashes.
-type key [16]byte
-
-// keyer makes keys. It remembers the last space, since the digests of one request mostly share it.
-type keyer struct {
-	space digest.Space
-	mix   key
-}
-
-func (k *keyer) of(d digest.Digest) key {
-	if space := d.Space(); space != k.space {
-		k.space, k.mix = space, key{}
-		if space.Instance() != "" || space.Function() != digest.SHA256 {
-			sum := sha256.Sum256([]byte(space.Token()))
-			k.mix = key(sum[:len(k.mix)])
-		}
-	}
-	hash, out := d.Hash(), k.mix
-	for i := range out {
-		out[i] ^= nibble(hash[2*i])<<4 | nibble(hash[2*i+1])
-	}
-	return out
-}
+type (
+	key   = keymap.Key
+	keyer = keymap.Keyer
+)
 
 // keyOf is the key of a single digest.
-func keyOf(d digest.Digest) key {
-	var k keyer
-	return k.of(d)
-}
+func keyOf(d digest.Digest) key { return keymap.Of(d) }
 
 // entry is what the index knows of a blob, packed: 20 bits of generation, one that tells a large
 // blob and 43 of size. No entry has size 0, since the empty blob is never stored. The first bit of
@@ -84,16 +60,14 @@ type index struct {
 
 type indexShard struct {
 	mu      sync.RWMutex
-	entries map[key]entry // guarded by mu
+	entries keymap.Map // to entry; guarded by mu
+	_       [cacheLine]byte
 }
 
-func newIndex() *index {
-	x := new(index)
-	for i := range x.shards {
-		x.shards[i].entries = make(map[key]entry)
-	}
-	return x
-}
+// cacheLine keeps the locks of shards from sharing one.
+const cacheLine = 64
+
+func newIndex() *index { return new(index) }
 
 // shard uses a byte that a listing by hash prefix varies.
 func (x *index) shard(k key) *indexShard { return &x.shards[k[len(k)-1]%indexShards] }
@@ -102,12 +76,12 @@ func (x *index) shard(k key) *indexShard { return &x.shards[k[len(k)-1]%indexSha
 func (x *index) get(k key, size int64) (entry, bool) {
 	s := x.shard(k)
 	s.mu.RLock()
-	e, ok := s.entries[k]
+	e := entry(s.entries.Get(k))
 	s.mu.RUnlock()
-	if ok && e.generation() <= x.dropped.Load() {
+	if e.generation() <= x.dropped.Load() {
 		return 0, false
 	}
-	return e, ok && e.size() == size
+	return e, e.size() == size
 }
 
 // drop makes the entries up to a generation absent. They stay until prune.
@@ -122,10 +96,11 @@ func (x *index) drop(generation uint32) {
 // prune removes the entries that drop made absent.
 func (x *index) prune() {
 	dropped := x.dropped.Load()
-	x.each(func(entries map[key]entry, k key, e entry) {
+	x.update(func(e entry) entry {
 		if e.generation() <= dropped {
-			delete(entries, k)
+			return 0
 		}
+		return e
 	})
 }
 
@@ -137,44 +112,51 @@ func (x *index) set(k key, e entry) {
 	s := x.shard(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	old, ok := s.entries[k]
-	if !ok || old.generation() < e.generation() || (old.generation() == e.generation() && old&mark == 0) {
-		s.entries[k] = e | mark
+	old := entry(s.entries.Get(k))
+	if old.generation() < e.generation() || (old.generation() == e.generation() && old&mark == 0) {
+		s.entries.Set(k, uint64(e|mark))
 	}
 }
 
 // begin removes the marks, and the entries of all generations but these.
 func (x *index) begin(live []*generation) {
-	x.each(func(entries map[key]entry, k key, e entry) {
-		switch {
-		case !slices.ContainsFunc(live, func(g *generation) bool { return g.number == e.generation() }):
-			delete(entries, k)
-		case e&mark != 0:
-			entries[k] = e &^ mark
+	x.update(func(e entry) entry {
+		if !slices.ContainsFunc(live, func(g *generation) bool { return g.number == e.generation() }) {
+			return 0
 		}
+		return e &^ mark
 	})
 }
 
 // sweep drops what is not marked of a generation and returns how many entries that are.
 func (x *index) sweep(generation uint32) (dropped int) {
-	x.each(func(entries map[key]entry, k key, e entry) {
+	x.update(func(e entry) entry {
 		if e.generation() == generation && e&mark == 0 {
-			delete(entries, k)
 			dropped++
+			return 0
 		}
+		return e
 	})
 	return dropped
 }
 
-// each calls f with every entry, which f may change or delete. It locks one shard at a time.
-func (x *index) each(f func(entries map[key]entry, k key, e entry)) {
+// update replaces every entry by what f returns for it, 0 to remove it. It locks one shard at a time.
+func (x *index) update(f func(e entry) entry) {
 	for i := range x.shards {
 		s := &x.shards[i]
 		s.mu.Lock()
-		for k, e := range s.entries {
-			f(s.entries, k, e)
-		}
+		s.entries.Update(func(_ key, e uint64) uint64 { return uint64(f(entry(e))) })
 		s.mu.Unlock()
+	}
+}
+
+// each calls f with every entry. It locks one shard at a time.
+func (x *index) each(f func(e entry)) {
+	for i := range x.shards {
+		s := &x.shards[i]
+		s.mu.RLock()
+		s.entries.All(func(_ key, e uint64) { f(entry(e)) })
+		s.mu.RUnlock()
 	}
 }
 
@@ -183,8 +165,8 @@ func (x *index) forget(k key, generation uint32) {
 	s := x.shard(k)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if e, ok := s.entries[k]; ok && e.generation() <= generation {
-		delete(s.entries, k)
+	if entry(s.entries.Get(k)).generation() <= generation {
+		s.entries.Set(k, 0)
 	}
 }
 
@@ -194,7 +176,7 @@ func (x *index) len() int {
 	for i := range x.shards {
 		s := &x.shards[i]
 		s.mu.RLock()
-		n += len(s.entries)
+		n += s.entries.Len()
 		s.mu.RUnlock()
 	}
 	return n

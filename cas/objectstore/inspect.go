@@ -105,7 +105,7 @@ func (s *Store) Counts() map[uint32]int {
 	for _, g := range s.generations() {
 		counts[g.number] = 0
 	}
-	s.index.each(func(_ map[key]entry, _ key, e entry) { counts[e.generation()]++ })
+	s.index.each(func(e entry) { counts[e.generation()]++ })
 	return counts
 }
 

@@ -384,7 +384,7 @@ func (s *Store) sift(ds []digest.Digest, now state, last bool) (missing, old []d
 		if d.IsEmpty() {
 			continue
 		}
-		k := keys.of(d)
+		k := keys.Of(d)
 		e, ok := s.index.get(k, d.Size())
 		if ok && e.generation() > now.Old {
 			if e.generation() <= now.Aging {
