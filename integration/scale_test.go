@@ -147,7 +147,7 @@ func (s *scale) measure(t *testing.T, f *allInOne) []cost {
 		{name: "put 100", bound: true, prepare: put(100)},
 		{name: "get 1 of the last 10 000", bound: true, prepare: get(s.blobs[len(s.blobs)-scaleFew:])},
 		{name: "FindMissing 1000 of all", bound: true, prepare: find},
-		{name: "get 1 of all", prepare: get(s.blobs)},
+		{name: "get 1 of all", bound: true, prepare: get(s.blobs)},
 	}
 	for i := range costs {
 		var l latencies

@@ -20,11 +20,16 @@ const batchWidth = 32
 // large message.
 func (t *Tier) PutBatch(ctx context.Context, ds []digest.Digest, data [][]byte) []error {
 	errs := cas.PutBatch(ctx, t.source, batchWidth, ds, data)
+	var stored []digest.Digest
+	var copies [][]byte
 	for i, d := range ds {
 		if errs[i] == nil && takes(d) && int64(len(data[i])) == d.Size() {
-			t.hold(d, bytes.Clone(data[i]), false) // a source that has the blob does not check it
+			held := bytes.Clone(data[i])
+			t.hold(d, held, false) // a source that has the blob does not check it
+			stored, copies = append(stored, d), append(copies, held)
 		}
 	}
+	t.packUp(stored, copies)
 	return errs
 }
 
@@ -40,6 +45,10 @@ func (t *Tier) ReadBatch(ctx context.Context, ds []digest.Digest) (data [][]byte
 		}
 		if takes(d) {
 			t.metrics.misses.Inc()
+			var ok bool
+			if data[i], ok = t.unpack(d); ok {
+				continue
+			}
 		}
 		absent, at = append(absent, d), append(at, i)
 	}
@@ -47,11 +56,15 @@ func (t *Tier) ReadBatch(ctx context.Context, ds []digest.Digest) (data [][]byte
 		return data, errs
 	}
 	read, failed := cas.ReadBatch(ctx, t.source, batchWidth, absent)
+	var kept []digest.Digest
+	var copies [][]byte
 	for i, d := range absent {
 		data[at[i]], errs[at[i]] = read[i], failed[i]
 		if failed[i] == nil && takes(d) {
 			t.hold(d, read[i], true)
+			kept, copies = append(kept, d), append(copies, read[i])
 		}
 	}
+	t.packUp(kept, copies)
 	return data, errs
 }

@@ -10,25 +10,31 @@ import (
 
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
+	"github.com/jetfarm/jetfarm/cas/pack"
 )
 
 // MaxBlob is the size of the largest blob that is held. Larger ones are read from files about as fast,
 // and there would be few of them.
-const MaxBlob = 64 << 10
+const MaxBlob = pack.MaxBlob
 
 // Config is what New needs.
 type Config struct {
-	// MaxBytes bounds the blobs that are held, with what it takes to hold them.
+	// MaxBytes bounds the blobs that are held, with what it takes to hold them. 0 holds none, where there
+	// is a Pack.
 	MaxBytes int64
+	// Pack has copies of what does not fit into memory; nil is none.
+	Pack *pack.Pack
 	// Source is where blobs come from and go to.
 	Source cas.Store
 	// Registerer gets the metrics; nil is none.
 	Registerer prometheus.Registerer
 }
 
-// Tier is a byte-bounded cache of a store's small blobs. It is itself a cas.Store.
+// Tier is a byte-bounded cache of a store's small blobs, with a larger one in files behind it where
+// there is a Pack. It is itself a cas.Store.
 type Tier struct {
 	source  cas.Store
+	pack    *pack.Pack // or nil
 	metrics *metrics
 	shards  []shard
 }
@@ -45,7 +51,7 @@ var (
 
 // New returns a tier that holds nothing yet.
 func New(cfg Config) (*Tier, error) {
-	if cfg.MaxBytes <= 0 {
+	if cfg.MaxBytes < 0 || (cfg.MaxBytes == 0 && cfg.Pack == nil) {
 		return nil, fmt.Errorf("memory tier: a size of %d bytes holds nothing", cfg.MaxBytes)
 	}
 	// Each shard has room for many of the largest blobs, or there is only one.
@@ -54,7 +60,7 @@ func New(cfg Config) (*Tier, error) {
 	if cfg.MaxBytes/count < least {
 		count = 1
 	}
-	t := &Tier{source: cfg.Source, shards: make([]shard, count)}
+	t := &Tier{source: cfg.Source, pack: cfg.Pack, shards: make([]shard, count)}
 	for i := range t.shards {
 		t.shards[i].items = make(map[digest.Digest]*item)
 		t.shards[i].max = cfg.MaxBytes / count
@@ -124,12 +130,35 @@ func (t *Tier) Open(ctx context.Context, d digest.Digest, offset int64) (io.Read
 		return newReader(ctx, data[offset:]), nil
 	}
 	t.metrics.misses.Inc()
+	if data, ok := t.unpack(d); ok {
+		return newReader(ctx, data[offset:]), nil
+	}
 	data, err := cas.ReadAll(ctx, t.source, d, MaxBlob)
 	if err != nil {
 		return nil, err
 	}
 	t.hold(d, data, true)
+	t.packUp([]digest.Digest{d}, [][]byte{data})
 	return newReader(ctx, data[offset:]), nil
+}
+
+// unpack takes a blob that is not held from the pack.
+func (t *Tier) unpack(d digest.Digest) ([]byte, bool) {
+	if t.pack == nil {
+		return nil, false
+	}
+	data, ok := t.pack.Get(d)
+	if ok {
+		t.hold(d, data, true)
+	}
+	return data, ok
+}
+
+// packUp keeps copies of blobs in the pack.
+func (t *Tier) packUp(ds []digest.Digest, data [][]byte) {
+	if t.pack != nil && len(ds) > 0 {
+		t.pack.Add(ds, data)
+	}
 }
 
 // OpenFrames implements cas.FrameOpener. A small blob is compressed here, which is faster than to ask
@@ -158,6 +187,7 @@ func (t *Tier) keep(d digest.Digest, r io.Reader, put func(io.Reader) error) err
 	// A source that has the blob need not read all of it, nor check what it reads; the first use does.
 	if !seen.more && int64(len(seen.data)) == d.Size() {
 		t.hold(d, seen.data, false)
+		t.packUp([]digest.Digest{d}, [][]byte{seen.data})
 	}
 	return nil
 }

@@ -52,7 +52,7 @@ func (b *Broker) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer unlock()
-	tuneMemory(ctx, p.log)
+	tune := tuneMemory(p.log)
 	server, err := broker.StartServer(ctx, broker.ServerConfig{
 		Dir: data, Name: b.Name, Listen: b.Listen, Cluster: b.Cluster, Routes: b.Routes, File: b.NatsConfig,
 		MaxStore: int64(b.MaxStore), SyncAlways: b.SyncAlways, Log: p.log,
@@ -78,7 +78,7 @@ func (b *Broker) run(ctx context.Context, p *process) error {
 			}
 			<-ctx.Done()
 			return context.Cause(ctx)
-		}, tell)
+		}, tell, tune)
 	})
 }
 

@@ -17,7 +17,7 @@ import (
 // casFlags bound what is stored. All frontends of a farm should have the same.
 type casFlags struct {
 	CASSize      size          `name:"cas-size" help:"Most bytes of blobs; the oldest that nobody uses give way. Default: what the broker has room for, less what else it stores." placeholder:"SIZE" env:"JETFARM_CAS_SIZE"`
-	CASBlobs     int64         `name:"cas-blobs" help:"Most blobs, about. Each takes memory: about 350 bytes of the broker and 45 of each frontend and worker." default:"10000000" env:"JETFARM_CAS_BLOBS"`
+	CASBlobs     int64         `name:"cas-blobs" help:"Most blobs, about. Each takes memory: about 350 bytes of the broker and 35 of each frontend and worker." default:"10000000" env:"JETFARM_CAS_BLOBS"`
 	CASRetention time.Duration `name:"cas-retention" help:"How long a blob that was reported present stays at least. Uploads are refused when that leaves no room. 0 promises no time." default:"0s" env:"JETFARM_CAS_RETENTION"`
 }
 

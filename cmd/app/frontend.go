@@ -68,11 +68,12 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 		return err
 	}
 	defer tier.close(context.WithoutCancel(ctx), p)
-	blobs, err := f.remember(farm, tier.store(farm))
+	small, err := f.remember(ctx, p, farm, smallDir(f.Data), tier.store(farm))
 	if err != nil {
 		return err
 	}
-	stores, err := f.behind(ctx, p, farm, blobs)
+	defer small.close(context.WithoutCancel(ctx), p)
+	stores, err := f.behind(ctx, p, farm, small.blobs)
 	if err != nil {
 		return err
 	}
@@ -94,7 +95,7 @@ func (f *Frontend) run(ctx context.Context, p *process) error {
 			<-ctx.Done()
 			return context.Cause(ctx)
 		})
-	}, slices.Concat(farm.services(), tier.services(), stores.services())...)
+	}, slices.Concat(farm.services(), tier.services(), small.services(), stores.services())...)
 }
 
 // newFrontend makes the API server of a farm, which reads and writes the stores given.

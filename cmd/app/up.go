@@ -52,7 +52,7 @@ func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one
 		return err
 	}
 	defer listeners.close()
-	tuneMemory(ctx, p.log)
+	tune := tuneMemory(p.log)
 	server, err := broker.StartServer(ctx, broker.ServerConfig{
 		Dir: data, Listen: u.Listen, MaxStore: int64(u.MaxStore), SyncAlways: u.SyncAlways, Log: p.log,
 	})
@@ -78,11 +78,12 @@ func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one
 		return err
 	}
 	defer executor.close(context.WithoutCancel(ctx), p)
-	blobs, err := u.remember(farm, executor.disk)
+	small, err := u.remember(ctx, p, farm, filepath.Join(data, "small"), executor.disk)
 	if err != nil {
 		return err
 	}
-	stores, err := u.behind(ctx, p, farm, blobs)
+	defer small.close(context.WithoutCancel(ctx), p)
+	stores, err := u.behind(ctx, p, farm, small.blobs)
 	if err != nil {
 		return err
 	}
@@ -103,5 +104,5 @@ func (u *Up) run(ctx context.Context, p *process) error { //nolint:funlen // one
 			}
 			return executor.serve(ctx)
 		})
-	}, slices.Concat(farm.services(), []func(context.Context) error{tellRoom(server, farm.connections[0])}, executor.services(), stores.services())...)
+	}, slices.Concat(farm.services(), []func(context.Context) error{tune, tellRoom(server, farm.connections[0])}, executor.services(), small.services(), stores.services())...)
 }
