@@ -17,7 +17,7 @@ import (
 const abandonedSoon = 500 * time.Millisecond
 
 // An operation that waits in the queue is cancelled when its last watcher has left, and not before.
-func TestQueuedOperationIsCancelledWhenTheLastWatcherLeaves(t *testing.T) {
+func TestOPS_10_X_109_QueuedOperationIsCancelledWhenTheLastWatcherLeaves(t *testing.T) {
 	farm := brokertest.Start(t)
 	first := farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon})
 	second := farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon})
@@ -49,7 +49,7 @@ func TestQueuedOperationIsCancelledWhenTheLastWatcherLeaves(t *testing.T) {
 }
 
 // The worker finds out that nobody watches what it runs, whoever has submitted it is dead.
-func TestRunningOperationIsCancelledWhenNobodyWatches(t *testing.T) {
+func TestOPS_10_RunningOperationIsCancelledWhenNobodyWatches(t *testing.T) {
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon, Heartbeat: 100 * time.Millisecond}), worker("w1"))

@@ -161,9 +161,9 @@ func TestRequestsThatMustNotMerge(t *testing.T) {
 	}
 }
 
-// TestStaleAttemptCannotSettle: a worker that lost its lease changes nothing (audit hazard H12, row
+// A worker that lost its lease changes nothing (audit hazard H12, row
 // EXR-16).
-func TestStaleAttemptCannotSettle(t *testing.T) {
+func TestEXR_16_X_114_X_115_StaleAttemptCannotSettle(t *testing.T) {
 	farm := brokertest.Start(t)
 	c := farm.ClientWith(t, broker.Config{AckWait: 300 * time.Millisecond})
 	stalled := c.Queue(worker("stalled")) // never renews: it does not Run
@@ -276,9 +276,9 @@ func TestCancel(t *testing.T) {
 	nothingLeft(t, farm)
 }
 
-// TestSlowWaiterStillGetsTerminal: a watcher that is busy while many states pass sees the last one
+// A watcher that is busy while many states pass sees the last one
 // (audit rows 10 and 17).
-func TestSlowWaiterStillGetsTerminal(t *testing.T) {
+func TestOPS_9_SlowWaiterStillGetsTerminal(t *testing.T) {
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, c, worker("w1"))
@@ -395,7 +395,7 @@ func TestDeathBetweenRecordAndJob(t *testing.T) {
 	nothingLeft(t, farm)
 }
 
-func TestServerRestart(t *testing.T) {
+func TestX_119_ServerRestart(t *testing.T) {
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, c, worker("w1"))

@@ -107,8 +107,8 @@ func TestTooManyPlatforms(t *testing.T) {
 	}
 }
 
-// TestLowerPriorityRunsSooner (row EXA-27) and the last lane is not starved by the first (EXA-28).
-func TestLowerPriorityRunsSooner(t *testing.T) {
+// A lower priority runs sooner, and the last lane is not starved by the first.
+func TestEXA_27_EXA_28_LowerPriorityRunsSooner(t *testing.T) {
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	for i := range 20 {

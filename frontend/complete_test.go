@@ -268,11 +268,7 @@ func TestACG_16_ChecksAreBounded(t *testing.T) {
 			result := h.result(t)
 			result.OutputDirectories = []*repb.OutputDirectory{{Path: "d", TreeDigest: h.put(t, tree).Proto()}}
 			action := h.action(t)
-			// A client could not store it: an older farm has.
-			entry := append([]byte{1}, encode(result)...)
-			if _, err := h.js.Publish(t.Context(), fmt.Sprintf("$KV.ac-1.sha256.%s.%d", action.Hash(), action.Size()), entry); err != nil {
-				t.Fatalf("Publish: %v", err)
-			}
+			h.entry(t, action, result)
 			before := heap()
 			most, call := before, make(chan error, 1)
 			go func() {
@@ -298,9 +294,32 @@ func TestACG_16_ChecksAreBounded(t *testing.T) {
 	}
 }
 
+// entry stores a result that no client could store: it was complete once, or an older farm has stored it.
+func (h *harness) entry(t testing.TB, action digest.Digest, result *repb.ActionResult) {
+	t.Helper()
+	value := append([]byte{1}, encode(result)...)
+	if _, err := h.js.Publish(t.Context(), fmt.Sprintf("$KV.ac-1.sha256.%s.%d", action.Hash(), action.Size()), value); err != nil {
+		t.Fatalf("Publish: %v", err)
+	}
+}
+
 // heap is how much memory is in use.
 func heap() uint64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
+}
+
+// A result that has lost a blob is no hit: the action is executed.
+func TestEXA_13_IncompleteResultIsNoHit(t *testing.T) {
+	h := start(t)
+	q := h.queue(t)
+	action, result := h.action(t), h.result(t)
+	result.OutputFiles[0].Digest = absent().Proto()
+	h.entry(t, action, result)
+	stream := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: action.Proto()})
+	settle(t, begin(t, q), &repb.ExecuteResponse{Result: &repb.ActionResult{ExitCode: 5}})
+	if got, _ := finish(t, stream, action); got.GetCachedResult() || got.GetResult().GetExitCode() != 5 {
+		t.Errorf("response %v, want the worker's", got)
+	}
 }

@@ -85,7 +85,7 @@ func TestX_157_SlowHandshakes(t *testing.T) {
 
 // Very many streams wait when the server is shut down: each gets UNAVAILABLE, so that its client goes on
 // at another frontend, and the server ends in time.
-func TestX_165_ShutdownWithManyStreams(t *testing.T) {
+func TestX_165_X_106_ShutdownWithManyStreams(t *testing.T) {
 	const connections, each = 10, 200
 	h := start(t)
 	op, _ := recv(t, h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: h.action(t).Proto()}))

@@ -22,7 +22,6 @@ import (
 
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/broker/brokertest"
-	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/castest"
 	"github.com/jetfarm/jetfarm/cas/digest"
 	"github.com/jetfarm/jetfarm/frontend"
@@ -153,7 +152,7 @@ func settle(t testing.TB, lease *broker.Lease, response *repb.ExecuteResponse) {
 	}
 }
 
-func TestExecuteRunsToItsEnd(t *testing.T) {
+func TestEXA_1_EXA_3_EXA_4_EXA_5_OPS_1_OPS_2_OPS_3_ExecuteRunsToItsEnd(t *testing.T) {
 	h := start(t)
 	q := h.queue(t)
 	action, result := h.action(t), h.result(t)
@@ -167,7 +166,7 @@ func TestExecuteRunsToItsEnd(t *testing.T) {
 		})
 		_, meta := recv(t, stream)
 		if meta.GetStage() != repb.ExecutionStage_QUEUED || meta.GetPartialExecutionMetadata().GetQueuedTimestamp() == nil {
-			t.Errorf("first metadata %v, want QUEUED and since when", meta)
+			t.Errorf("OPS-7 WAIT-1 first metadata %v, want QUEUED and since when", meta)
 		}
 	})
 	lease := begin(t, q)
@@ -176,7 +175,7 @@ func TestExecuteRunsToItsEnd(t *testing.T) {
 	}
 	op := await(t, stream, repb.ExecutionStage_EXECUTING)
 	if w := metadataOf(t, op).GetPartialExecutionMetadata().GetWorker(); w != "w1" { // row OPS-7
-		t.Errorf("worker %q, want w1", w)
+		t.Errorf("OPS-7 worker %q, want w1", w)
 	}
 	waiter := h.wait(t, op.GetName())
 	recv(t, waiter)
@@ -184,20 +183,20 @@ func TestExecuteRunsToItsEnd(t *testing.T) {
 	want := &repb.ExecuteResponse{Result: proto.CloneOf(result), Status: &statuspb.Status{}, Message: "hello"}
 	got, name := finish(t, waiter, action)
 	if diff := diffMessages(want, got); diff != "" || name != op.GetName() {
-		t.Errorf("WaitExecution of %s (-want +got):\n%s", name, diff)
+		t.Errorf("WAIT-2 WaitExecution of %s (-want +got):\n%s", name, diff)
 	}
 	want.Result.StdoutRaw, want.Result.OutputFiles[0].Contents = []byte("out"), []byte("deps of b") // row EXA-31
 	if got, _ = finish(t, stream, action); diffMessages(want, got) != "" {
-		t.Errorf("Execute (-want +got):\n%s", diffMessages(want, got))
+		t.Errorf("EXA-31 Execute (-want +got):\n%s", diffMessages(want, got))
 	}
 	// Rows WAIT-4 and WAIT-8: the operation stays, for every frontend.
 	got, _ = finish(t, startOn(t, h.farm).wait(t, name), action)
 	if got.GetMessage() != "hello" {
-		t.Errorf("WaitExecution of a done operation on another frontend = %v", got)
+		t.Errorf("WAIT-4 WAIT-8 WaitExecution of a done operation on another frontend = %v", got)
 	}
 }
 
-func TestExecuteRequestErrors(t *testing.T) {
+func TestEXA_2_ExecuteRequestErrors(t *testing.T) {
 	h := start(t)
 	valid := h.action(t).Proto()
 	for row, req := range map[string]*repb.ExecuteRequest{
@@ -271,7 +270,7 @@ func TestExecuteRefusesActions(t *testing.T) {
 }
 
 // Rows EXA-12, EXA-26 and EXV-30: a hit needs no worker and no action.
-func TestEXA_12_CacheHit(t *testing.T) {
+func TestEXA_12_EXV_30_CacheHit(t *testing.T) {
 	h := start(t)
 	action, result := absent(), h.result(t)
 	h.cache(t, action, result)
@@ -310,7 +309,7 @@ func TestEXA_14_SkipCacheLookup(t *testing.T) {
 }
 
 // Row EXA-16: equal actions share a run; row EXA-15: not those that are do_not_cache.
-func TestEXA_16_EqualActionsRunOnce(t *testing.T) {
+func TestEXA_16_EXA_15_EqualActionsRunOnce(t *testing.T) {
 	h := start(t)
 	q := h.queue(t)
 	action := h.action(t)
@@ -378,12 +377,16 @@ func TestExecuteLooksAgainBeforeQueueing(t *testing.T) {
 }
 
 // Row EXA-20: the action's platform, else the command's.
-func TestEXA_20_Platform(t *testing.T) {
-	platform := func(value string) *repb.Platform {
-		return &repb.Platform{Properties: []*repb.Platform_Property{{Name: "pool", Value: value}}}
+func TestEXA_20_EXA_22_EXA_23_Platform(t *testing.T) {
+	platform := func(values ...string) *repb.Platform {
+		p := &repb.Platform{}
+		for _, value := range values {
+			p.Properties = append(p.Properties, &repb.Platform_Property{Name: "pool", Value: value})
+		}
+		return p
 	}
 	h := start(t)
-	h.queue(t, broker.Property{Name: "pool", Value: "a"})
+	h.queue(t, broker.Property{Name: "pool", Value: "a"}, broker.Property{Name: "pool", Value: "c"})
 	eventually(t, "the worker is known", func() bool { return len(h.broker.Workers()) == 1 })
 	for row, test := range map[string]struct {
 		action, command *repb.Platform
@@ -394,6 +397,8 @@ func TestEXA_20_Platform(t *testing.T) {
 		"only the command's":                {nil, platform("a"), true},
 		"only the command's, not served":    {nil, platform("b"), false},
 		"neither":                           {nil, nil, true},
+		"EXA-22 two values of a worker's":   {platform("a", "c"), nil, true},
+		"EXA-22 one of two is not served":   {platform("a", "b"), nil, false},
 		"an empty one is the action's, too": {&repb.Platform{}, platform("b"), true},
 	} {
 		t.Run(row, func(t *testing.T) {
@@ -416,13 +421,16 @@ func TestEXA_20_Platform(t *testing.T) {
 }
 
 // Row EXA-25.
-func TestEXA_25_QueueFull(t *testing.T) {
+func TestEXA_25_X_105_QueueFull(t *testing.T) {
 	farm := brokertest.Start(t)
 	h := startOn(t, farm, func(c *frontend.Config) { c.Broker = farm.ClientWith(t, broker.Config{MaxQueued: 2}) })
 	for range 2 {
 		recv(t, h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: h.action(t).Proto()}))
 	}
-	_, err := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: h.action(t).Proto()}).Recv()
+	private := h.action(t, func(a *repb.Action, _ *repb.Command) { a.DoNotCache = true })
+	_, err := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: private.Proto(), SkipCacheLookup: true}).Recv()
+	wantCode(t, "X-103 one that is never cached", err, codes.ResourceExhausted, "queue")
+	_, err = h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: h.action(t).Proto()}).Recv()
 	wantCode(t, "the third", err, codes.ResourceExhausted, "queue")
 	details := status.Convert(err).Details()
 	if len(details) != 1 {
@@ -480,16 +488,4 @@ func TestExecuteResponseBlob(t *testing.T) {
 		_, err = h.wait(t, op.GetName()).Recv()
 		wantCode(t, "WaitExecution, after which it executes anew", err, codes.NotFound)
 	})
-}
-
-// The storage being down is no verdict on the action.
-func TestExecuteStoreIsDown(t *testing.T) {
-	h := start(t, faulty(func(op castest.Op, _ digest.Digest) castest.Fault {
-		if op == castest.OpOpen {
-			return castest.Fault{After: -1, Err: cas.ErrUnavailable}
-		}
-		return castest.Fault{}
-	}))
-	_, err := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: absent().Proto()}).Recv()
-	wantCode(t, "Execute", err, codes.Unavailable)
 }

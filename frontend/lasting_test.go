@@ -2,6 +2,7 @@ package frontend_test
 
 import (
 	"bytes"
+	crand "crypto/rand"
 	"errors"
 	"io"
 	"testing"
@@ -21,21 +22,22 @@ import (
 // flood stores blobs that nobody asks for, of so many bytes together.
 func (h *harness) flood(t testing.TB, size int) {
 	t.Helper()
-	for ; size > 0; size -= 900 << 10 {
-		h.put(t, random(900<<10))
+	for data := make([]byte, 900<<10); size > 0; size -= len(data) {
+		_, _ = crand.Read(data)
+		h.put(t, data)
 	}
 }
 
 // A client that reads slowly gets all of a blob, although as much as the budget comes in meanwhile.
 func TestRD_17_EvictionDoesNotCutReads(t *testing.T) {
-	const budget = 128 << 20
+	const budget = 96 << 20
 	h := startOnBudget(t, budget)
 	conn := h.dial(t, grpc.WithInitialWindowSize(64<<10), grpc.WithInitialConnWindowSize(64<<10))
 	for form, resource := range map[string]func(digest.Digest) string{
 		"plain": digest.Digest.String, "zstd": packedReadName,
 	} {
 		t.Run(form, func(t *testing.T) {
-			data, twin := random(8<<20), h.put(t, random(900<<10))
+			data, twin := random(6<<20), h.put(t, random(900<<10))
 			d := h.put(t, data)
 			stream, err := bytestream.NewByteStreamClient(conn).Read(t.Context(), &bytestream.ReadRequest{ResourceName: resource(d)})
 			if err != nil {

@@ -14,7 +14,7 @@ func TestLRO_UnknownNames(t *testing.T) {
 	h := start(t)
 	for _, unknown := range []string{"", "nope", ">", "a.b.c", "AAAAAAAAAAAAAAAAAAAAAAAAAA"} {
 		_, err := h.ops.GetOperation(t.Context(), &longrunningpb.GetOperationRequest{Name: unknown})
-		wantCode(t, "LRO-1 Get "+unknown, err, codes.NotFound)
+		wantCode(t, "LRO-1 X-107 Get "+unknown, err, codes.NotFound)
 		_, err = h.ops.CancelOperation(t.Context(), &longrunningpb.CancelOperationRequest{Name: unknown})
 		wantCode(t, "LRO-3 Cancel "+unknown, err, codes.NotFound)
 		_, err = h.ops.DeleteOperation(t.Context(), &longrunningpb.DeleteOperationRequest{Name: unknown})
@@ -24,7 +24,7 @@ func TestLRO_UnknownNames(t *testing.T) {
 	}
 }
 
-func TestLRO_Operations(t *testing.T) {
+func TestLRO_1_LRO_3_LRO_5_Operations(t *testing.T) {
 	h := start(t)
 	q := h.queue(t)
 	action := h.action(t)
@@ -74,7 +74,7 @@ func TestLRO_Operations(t *testing.T) {
 	wantCode(t, "LRO-4 GetOperation of a deleted one", err, codes.NotFound)
 }
 
-func TestLRO_2_List(t *testing.T) {
+func TestLRO_2_X_112_List(t *testing.T) {
 	h := start(t)
 	q := h.queue(t)
 	names := map[string]bool{}

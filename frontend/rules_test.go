@@ -251,3 +251,15 @@ func TestStorageThatHangs(t *testing.T) {
 		eventually(t, "no handler left", func() bool { return handlers() == 0 })
 	})
 }
+
+// The storage being down is no verdict on the action.
+func TestExecuteStoreIsDown(t *testing.T) {
+	h := start(t, faulty(func(op castest.Op, _ digest.Digest) castest.Fault {
+		if op == castest.OpOpen {
+			return castest.Fault{After: -1, Err: cas.ErrUnavailable}
+		}
+		return castest.Fault{}
+	}))
+	_, err := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: absent().Proto()}).Recv()
+	wantCode(t, "Execute", err, codes.Unavailable)
+}

@@ -144,7 +144,7 @@ func TestX_42_MessageTooLarge(t *testing.T) {
 }
 
 // Rows GEN-33, OPS-6 and X-165, audit row P23.
-func TestGEN_33_Drain(t *testing.T) {
+func TestGEN_33_OPS_6_WAIT_5_Drain(t *testing.T) {
 	h := start(t)
 	action := h.action(t)
 	d := h.put(t, random(100))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -20,7 +21,7 @@ import (
 	"github.com/jetfarm/jetfarm/frontend"
 )
 
-func TestWAIT_3_UnknownNames(t *testing.T) {
+func TestWAIT_3_X_107_UnknownNames(t *testing.T) {
 	h := start(t)
 	for _, unknown := range []string{"", "nope", "a/b", "*", ">", "a.b", strings.Repeat("A", 26), strings.Repeat("x", 1<<20), "cached-" + strings.Repeat("A", 26)} {
 		_, err := h.wait(t, unknown).Recv()
@@ -29,7 +30,7 @@ func TestWAIT_3_UnknownNames(t *testing.T) {
 }
 
 // Row WAIT-7: many waiters on one operation, of several frontends, all see the end.
-func TestWAIT_7_ManyWaiters(t *testing.T) {
+func TestWAIT_7_X_106_ManyWaiters(t *testing.T) {
 	h := start(t)
 	other := startOn(t, h.farm)
 	q := h.queue(t)
@@ -67,7 +68,7 @@ func TestExecute_AlwaysTerminalOnce(t *testing.T) {
 		op, _ := recv(t, stream)
 		return stream, action, op.GetName()
 	}
-	t.Run("cancelled while queued", func(t *testing.T) {
+	t.Run("EXR-18 LRO-3 cancelled while queued", func(t *testing.T) {
 		stream, action, name := run(t)
 		if _, err := h.ops.CancelOperation(t.Context(), &longrunningpb.CancelOperationRequest{Name: name}); err != nil {
 			t.Fatalf("CancelOperation: %v", err)
@@ -76,7 +77,7 @@ func TestExecute_AlwaysTerminalOnce(t *testing.T) {
 			t.Errorf("status %v, want CANCELLED", got.GetStatus())
 		}
 	})
-	t.Run("cancelled while it runs", func(t *testing.T) {
+	t.Run("EXR-18 cancelled while it runs", func(t *testing.T) {
 		stream, action, name := run(t)
 		lease := begin(t, q)
 		if err := h.broker.Cancel(t.Context(), name); err != nil {
@@ -92,7 +93,7 @@ func TestExecute_AlwaysTerminalOnce(t *testing.T) {
 			t.Errorf("status %v, want CANCELLED", got.GetStatus())
 		}
 	})
-	t.Run("returned and run again", func(t *testing.T) {
+	t.Run("OPS-4 returned and run again", func(t *testing.T) {
 		stream, action, _ := run(t)
 		if err := begin(t, q).Return(t.Context(), "the worker is draining"); err != nil {
 			t.Fatalf("Return: %v", err)
@@ -132,7 +133,7 @@ func TestExecute_AlwaysTerminalOnce(t *testing.T) {
 }
 
 // Row OPS-5: a stream on which nothing happens is not silent.
-func TestOPS_5_Heartbeat(t *testing.T) {
+func TestOPS_5_EXA_24_Heartbeat(t *testing.T) {
 	farm := brokertest.Start(t)
 	quick := farm.ClientWith(t, broker.Config{Heartbeat: 50 * time.Millisecond})
 	h := startOn(t, farm, func(c *frontend.Config) { c.Broker = quick })
@@ -147,7 +148,7 @@ func TestOPS_5_Heartbeat(t *testing.T) {
 }
 
 // Audit rows 10 and 19, row X-109: a thousand clients that vanish leave nothing.
-func TestExecute_1000Disconnects(t *testing.T) {
+func TestX_109_ThousandDisconnects(t *testing.T) {
 	h := start(t)
 	h.warm(t)
 	// The pool and its consumers are made by its first action.
@@ -186,4 +187,70 @@ func TestExecute_1000Disconnects(t *testing.T) {
 	if got := h.consumers(t); got != consumers {
 		t.Errorf("%d consumers, want %d as before", got, consumers)
 	}
+}
+
+// Names of operations tell nothing about each other.
+func TestX_108_NamesCannotBeGuessed(t *testing.T) {
+	h := start(t)
+	seen, letters := map[string]bool{}, [26]map[byte]bool{}
+	for range 200 {
+		op, _ := recv(t, h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: h.action(t).Proto()}))
+		name := op.GetName()[strings.LastIndexByte(op.GetName(), '/')+1:]
+		if seen[name] || len(name) != 26 {
+			t.Fatalf("name %q, want 26 characters that are new", name)
+		}
+		seen[name] = true
+		for i := range letters {
+			if letters[i] == nil {
+				letters[i] = map[byte]bool{}
+			}
+			letters[i][name[i]] = true
+		}
+	}
+	for i, different := range letters { // of 200 random ones of 32 nearly all are there; chance leaves out ten about never
+		if len(different) < 22 {
+			t.Errorf("character %d has %d values in 200 names", i, len(different))
+		}
+	}
+}
+
+// A cancel and the end of the action at once: there is one end, which everybody sees.
+func TestX_110_CancelRacesTheEnd(t *testing.T) {
+	h := start(t)
+	other := startOn(t, h.farm)
+	q := h.queue(t)
+	ends := map[codes.Code]int{}
+	for i := range 60 {
+		action := h.action(t)
+		stream := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: action.Proto()})
+		op, _ := recv(t, stream)
+		lease := begin(t, q)
+		var g errgroup.Group
+		g.Go(func() error {
+			if i%3 == 0 {
+				runtime.Gosched()
+			}
+			_, err := h.ops.CancelOperation(t.Context(), &longrunningpb.CancelOperationRequest{Name: op.GetName()})
+			return err
+		})
+		g.Go(func() error {
+			err := lease.Settle(t.Context(), broker.Outcome{Response: encode(&repb.ExecuteResponse{Result: &repb.ActionResult{ExitCode: 3}})})
+			if errors.Is(err, broker.ErrLost) {
+				lease.Drop(t.Context())
+				return nil
+			}
+			return err
+		})
+		if err := g.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		got, name := finish(t, stream, action)
+		again, _ := finish(t, other.wait(t, name), action)
+		code := codes.Code(got.GetStatus().GetCode())
+		if diff := diffMessages(got, again); diff != "" || code == codes.OK && got.GetResult().GetExitCode() != 3 || code != codes.OK && code != codes.Canceled {
+			t.Fatalf("Execute = %v, WaitExecution differs by (-first +second):\n%s", got, diff)
+		}
+		ends[code]++
+	}
+	t.Logf("ends: %v", ends)
 }

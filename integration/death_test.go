@@ -23,7 +23,7 @@ const (
 )
 
 // Another worker runs what the dead one has left, and Bazel does not notice.
-func TestBuildSurvivesTheDeathOfAWorker(t *testing.T) {
+func TestEXR_15_BuildSurvivesTheDeathOfAWorker(t *testing.T) {
 	b := useBazel(t)
 	f := startSplit(t, 1, 2)
 	build := b.background(t, f.endpoint(t), "build", "//slow:worker_dies")
@@ -45,7 +45,7 @@ func TestBuildSurvivesTheDeathOfAWorker(t *testing.T) {
 }
 
 // A retry finds the operation at another frontend: the action runs once.
-func TestBuildSurvivesTheDeathOfAFrontend(t *testing.T) {
+func TestWAIT_5_BuildSurvivesTheDeathOfAFrontend(t *testing.T) {
 	b := useBazel(t)
 	f := startSplit(t, 2, 1)
 	balancer := startForwarder(t, f.frontends[0].field(t, "grpc"), f.frontends[1].field(t, "grpc"))

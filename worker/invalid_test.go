@@ -1,6 +1,7 @@
 package worker_test
 
 import (
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -239,5 +240,35 @@ func TestStorageTroubleIsNotTheClients(t *testing.T) {
 	r := f.wait(f.submit(broker.Request{Action: d}))
 	if statusCode(r) != code.Code_UNAVAILABLE || !strings.Contains(r.GetStatus().GetMessage(), "fetching the inputs took too long") {
 		t.Errorf("status is %v", r.GetStatus())
+	}
+}
+
+// An action that has killed as many workers as may try it ends, and no further worker runs it.
+func TestX_113_ActionThatKillsItsWorkers(t *testing.T) {
+	f := newFarm(t)
+	impatient := f.broker.ClientWith(t, broker.Config{AckWait: 300 * time.Millisecond})
+	a := sh("echo run").outputs("out")
+	d := f.store(a)
+	name, err := impatient.Submit(t.Context(), broker.Request{Action: d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range worker.MaxAttempts {
+		dies := impatient.Queue(broker.WorkerInfo{Name: fmt.Sprint("dies ", i), Slots: 1}) // it does not Run, so it renews nothing
+		lease, err := dies.Next(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := lease.Begin(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.worker("auto", nil)
+	r := f.wait(name)
+	if statusCode(r) != code.Code_UNAVAILABLE || r.GetResult() != nil {
+		t.Errorf("response is %v", r)
+	}
+	if _, err := f.cache.Get(t.Context(), d); err == nil {
+		t.Error("it was run and is cached")
 	}
 }

@@ -24,6 +24,12 @@ var families = []struct{ name, title string }{ //nolint:gochecknoglobals // a ta
 	{"ACG", "GetActionResult"},
 	{"ACU", "UpdateActionResult"},
 	{"AST", "Remote Asset"},
+	{"EXA", "Execute"},
+	{"EXV", "What is refused to be executed"},
+	{"EXR", "Running"},
+	{"OPS", "Streams of operations"},
+	{"WAIT", "WaitExecution"},
+	{"LRO", "Operations"},
 	{"X", "Abuse"},
 }
 
@@ -31,8 +37,8 @@ const preface = `# Conformance
 
 <!-- Made by make conformance from the names of the tests and integration/conformance/rows.txt. -->
 
-Which rules of the Remote Execution API's cache side this farm keeps, and which abuses of it are
-tried, by the tests that show it. A row is "tested" when a test is named after it; what the test
+Which rules of the Remote Execution API this farm keeps, and which abuses of it are tried, by the
+tests that show it. A row is "tested" when a test is named after it; what the test
 proves is in the test. Level: MUST, SHOULD and MAY are those of the specification, DEC is a decision
 of this project where the specification leaves room, CLI is what a known client needs.
 

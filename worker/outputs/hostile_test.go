@@ -36,7 +36,7 @@ func (r *rig) hashed(ctx context.Context) (*outputs.Collection, error) {
 	return made, err
 }
 
-func TestFileThatIsSwappedAfterItWasHashedIsNeitherAdoptedNorUploaded(t *testing.T) {
+func TestX_133_X_134_FileThatIsSwappedAfterItWasHashedIsNeitherAdoptedNorUploaded(t *testing.T) {
 	good := []byte("good!")
 	for name, swap := range map[string]func(r *rig, path string) error{
 		"file": func(r *rig, path string) error {

@@ -83,7 +83,7 @@ func TestDaemonIsDeadAndDoesNotDelayTheEnd(t *testing.T) {
 	})
 }
 
-func TestForkBombIsDeadAfterTimeout(t *testing.T) {
+func TestX_121_ForkBombIsDeadAfterTimeout(t *testing.T) {
 	inEveryMode(t, func(r *rig) {
 		t := r.t
 		m := marker(t)

@@ -75,6 +75,7 @@ func Open(cfg Config) (*Pool, error) {
 	if cfg.Slots < 1 || cfg.Slots > MaxSlots {
 		return nil, fmt.Errorf("%d slots: at least 1 and at most %d are possible", cfg.Slots, MaxSlots)
 	}
+	keepFiles()
 	p := &Pool{first: cfg.FirstUID, log: cfg.Log, free: make(chan *Slot, cfg.Slots)}
 	if p.first == 0 {
 		p.first = defaultFirstUID()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
@@ -154,4 +155,10 @@ func exitCode(state *os.ProcessState) int {
 		return 128 + int(w.Signal())
 	}
 	return state.ExitCode()
+}
+
+// keepFiles keeps the files that whoever started this process left open from its actions. Those that are
+// opened by Go are kept anyway. On kernels before 5.11 nothing happens.
+func keepFiles() {
+	_ = unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC) //nolint:errcheck // see above
 }
