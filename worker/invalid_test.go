@@ -253,7 +253,7 @@ func TestX_113_ActionThatKillsItsWorkers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for i := range worker.MaxAttempts {
+	for i := range broker.MaxAttempts {
 		dies := impatient.Queue(broker.WorkerInfo{Name: fmt.Sprint("dies ", i), Slots: 1}) // it does not Run, so it renews nothing
 		lease, err := dies.Next(t.Context())
 		if err != nil {
