@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -54,6 +55,49 @@ func BenchmarkOperation(b *testing.B) {
 			if err := workers.Wait(); err != nil {
 				b.Fatal(err)
 			}
+		})
+	}
+}
+
+// BenchmarkBacklog is an operation that is submitted, and one that is taken and settled, while others wait.
+func BenchmarkBacklog(b *testing.B) {
+	for _, waiting := range []int{0, 1000, 100_000} {
+		b.Run("waiting="+itoa(waiting), func(b *testing.B) {
+			farm := brokertest.Start(b)
+			c := farm.ClientWith(b, broker.Config{MaxTenant: 200_000, MendAfter: time.Hour})
+			q := brokertest.Queue(b, farm.Client(b), worker("w"))
+			n := 0
+			one := func() {
+				n++
+				if _, err := c.Submit(b.Context(), build("build "+itoa(n%100), n)); err != nil {
+					b.Fatal(err)
+				}
+			}
+			for range waiting {
+				one()
+			}
+			var spent [2]time.Duration
+			runtime.GC()
+			for b.Loop() {
+				start := time.Now()
+				one()
+				spent[0] += time.Since(start)
+				start = time.Now()
+				l, err := q.Next(b.Context())
+				if err == nil {
+					err = l.Begin(b.Context())
+				}
+				if err == nil {
+					err = l.Settle(b.Context(), outcome(0))
+				}
+				if err != nil {
+					b.Fatal(err)
+				}
+				spent[1] += time.Since(start)
+			}
+			b.ReportMetric(float64(spent[0].Microseconds())/float64(b.N), "us/submit")
+			b.ReportMetric(float64(spent[1].Microseconds())/float64(b.N), "us/dispatch")
+			b.ReportMetric(float64(heap())/(1<<20), "MiB")
 		})
 	}
 }

@@ -22,8 +22,11 @@ type Config struct {
 	Replicas int
 	// AckWait is how long a job may be silent before another worker gets it.
 	AckWait time.Duration
-	// MaxQueued bounds the jobs that wait or run, in the whole farm.
-	MaxQueued int64
+	// MaxQueued bounds the operations that wait in the whole farm, and MaxTenant those of one instance name.
+	MaxQueued, MaxTenant int64
+	// Submits makes Run hold back what this process submits until its turn comes, and take over what
+	// others held that are gone. A process that submits without it lets everything in at once.
+	Submits bool
 	// Heartbeat is how often a watcher hears of an operation that does not change.
 	Heartbeat time.Duration
 	// MendAfter is the age at which a watcher suspects that a queued operation has no job.
@@ -43,6 +46,7 @@ type Config struct {
 const (
 	DefaultAckWait   = 15 * time.Second
 	DefaultMaxQueued = 200_000
+	DefaultMaxTenant = 100_000
 	DefaultHeartbeat = 20 * time.Second
 	DefaultMendAfter = 15 * time.Second
 	DefaultPatience  = 5 * time.Minute
@@ -59,6 +63,8 @@ type Client struct {
 	replicas   int
 	ackWait    time.Duration
 	maxQueued  int64
+	maxTenant  int64
+	submits    bool
 	heartbeat  time.Duration
 	mendAfter  time.Duration
 	patience   time.Duration
@@ -66,8 +72,8 @@ type Client struct {
 	reconciles time.Duration
 	metrics    *metrics
 
-	operations, jobs, flights, dead jetstream.Stream
-	pools, registry, leases         jetstream.KeyValue
+	operations, jobs, held, flights, dead jetstream.Stream
+	pools, registry, leases               jetstream.KeyValue
 
 	// id names this process in the lease of the reconciler, which alone uses leading, the lease's revision.
 	id      string
@@ -75,6 +81,7 @@ type Client struct {
 
 	view     view
 	departed departures
+	holds    holds
 
 	mu  sync.Mutex
 	gap chan struct{} // guarded by mu; closed and replaced when messages may have been missed
@@ -89,13 +96,15 @@ func New(cfg Config) (*Client, error) {
 	c := &Client{
 		nc: cfg.Conn, js: js, log: cfg.Log,
 		replicas: cfg.Replicas, ackWait: orDefault(cfg.AckWait, DefaultAckWait),
-		maxQueued: orDefault(cfg.MaxQueued, DefaultMaxQueued), heartbeat: orDefault(cfg.Heartbeat, DefaultHeartbeat),
+		maxQueued: orDefault(cfg.MaxQueued, DefaultMaxQueued), maxTenant: orDefault(cfg.MaxTenant, DefaultMaxTenant), submits: cfg.Submits,
+		heartbeat: orDefault(cfg.Heartbeat, DefaultHeartbeat),
 		mendAfter: orDefault(cfg.MendAfter, DefaultMendAfter), patience: orDefault(cfg.Patience, DefaultPatience),
 		abandoned: orDefault(cfg.Abandoned, DefaultAbandoned), reconciles: orDefault(cfg.Reconcile, DefaultReconcile),
 		metrics: newMetrics(cfg.Registerer), id: newName(),
 		gap: make(chan struct{}),
 	}
 	c.view.init()
+	c.holds.init()
 	cfg.Conn.SetReconnectHandler(func(*nats.Conn) { c.missed() })
 	return c, nil
 }

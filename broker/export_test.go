@@ -6,6 +6,9 @@ import (
 	"time"
 )
 
+// SetIdleSweep sets how long a worker sleeps in the end when nobody rings. It is called before Next.
+func (q *Queue) SetIdleSweep(d time.Duration) { q.rest = d }
+
 // SetPullBound shortens the bound of a pull.
 func (q *Queue) SetPullBound(d time.Duration) { q.bound = d }
 

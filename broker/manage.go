@@ -95,7 +95,18 @@ func (c *Client) endIf(ctx context.Context, operation string, status code.Code, 
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
 	c.releaseFlight(ctx, rec)
-	// What is not purged is found to be done by the worker that gets it.
+	// What is not removed is found to be done by the worker that gets it.
+	if sequence, held := c.holds.forget(rec); held {
+		if err := c.deleteHold(ctx, sequence); err != nil {
+			c.log.WarnContext(ctx, "remove held job of an ended operation", "operation", operation, "err", err)
+		}
+		return nil
+	}
+	if rec.Holder != "" {
+		if err := c.held.Purge(ctx, jetstream.WithPurgeSubject(heldSubjectOf(rec))); err != nil {
+			c.log.WarnContext(ctx, "remove held job of an ended operation", "operation", operation, "err", err)
+		}
+	}
 	if err := c.jobs.Purge(ctx, jetstream.WithPurgeSubject(jobSubjectOf(rec))); err != nil {
 		c.log.WarnContext(ctx, "remove job of an ended operation", "operation", operation, "err", err)
 	}

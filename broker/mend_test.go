@@ -84,8 +84,8 @@ func TestUndeclaredPropertiesMakeNoPools(t *testing.T) {
 	for i := range 40 {
 		submit(t, c, broker.Request{Action: action(i), Platform: must(broker.ParsePlatform([]string{"cookie=" + itoa(i)}))})
 	}
-	if got := farm.Consumers(t, "JOBS"); got != 3 {
-		t.Errorf("%d consumers, want the 3 lanes of one pool", got)
+	if got := farm.Consumers(t, "JOBS"); got != 4 {
+		t.Errorf("%d consumers, want the 4 lanes of one pool", got)
 	}
 	for range 40 {
 		settle(t, begin(t, q), 0)
@@ -130,6 +130,19 @@ func TestLateAnswerIsNotTaken(t *testing.T) {
 	nothingLeft(t, farm)
 }
 
+// TestJobThatComesAsAWorkerLooks: it is found soon, whatever the broker says while it tells its consumers,
+// and does not depend on the worker's looking again a second later.
+func TestJobThatComesAsAWorkerLooks(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	q := brokertest.Queue(t, farm.Client(t), worker("w1"))
+	q.SetIdleSweep(time.Hour)
+	for i := range 1000 {
+		submit(t, c, broker.Request{Action: action(i)})
+		settle(t, begin(t, q), 0)
+	}
+}
+
 // TestNextEndsWithItsContext although the broker is silent.
 func TestNextEndsWithItsContext(t *testing.T) {
 	farm := brokertest.Start(t)
@@ -144,7 +157,7 @@ func TestNextEndsWithItsContext(t *testing.T) {
 	if _, err := q.Next(ctx); err == nil {
 		t.Error("Next took a job of a silent broker")
 	}
-	// Three lanes would take three times the bound of a pull.
+	// Four lanes would take four times the bound of a pull.
 	if took := time.Since(began); took > 2500*time.Millisecond {
 		t.Errorf("Next took %v to end", took)
 	}

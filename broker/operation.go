@@ -115,6 +115,7 @@ type record struct {
 	Updated         time.Time                 `json:"updated"`
 	Pool            string                    `json:"pool"`
 	Lane            int                       `json:"lane"`
+	Holder          string                    `json:"holder,omitempty"` // who lets the job in and hears when it is taken
 	Platform        Platform                  `json:"platform,omitempty"`
 	Priority        int32                     `json:"priority,omitempty"`
 	SkipCacheLookup bool                      `json:"skip_cache_lookup,omitempty"`

@@ -33,6 +33,8 @@ type Queue struct {
 
 	// Next alone uses these.
 	sweeps  int
+	idles   time.Duration // how long to sleep the next time
+	rest    time.Duration // most of that: idleSweep, but in tests
 	pulls   uint64
 	inbox   string
 	replies chan *nats.Msg
@@ -40,9 +42,14 @@ type Queue struct {
 	bound   time.Duration // pullBound, but in tests
 }
 
-// idleSweep is how long an idle worker sleeps when nobody rings: a job that was redelivered rings
-// for nobody.
-const idleSweep = time.Second
+// An idle worker looks again when nobody rings: a job that was redelivered rings for nobody. And the
+// broker may answer that there is no job a moment after it has confirmed one, whose bell rang before this
+// worker listened. So it looks again soon at first, and then less and less often.
+const (
+	idleSweep  = time.Second
+	firstSweep = 2 * time.Millisecond
+	laterSweep = 16 // times as long as the one before
+)
 
 // pullBound is how long the broker may take to answer a pull.
 const pullBound = requestTimeout
@@ -54,7 +61,7 @@ const fair = 8
 // Queue returns the queue as the worker self sees it. Its name must be a valid subject token.
 func (c *Client) Queue(self WorkerInfo) *Queue {
 	self.Incarnation, self.Started = newName(), time.Now().UTC()
-	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}, turned: make(chan struct{}), bound: pullBound}
+	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}, turned: make(chan struct{}), bound: pullBound, rest: idleSweep}
 	q.bells = bells{q: q, rung: make(chan *nats.Msg, bellBuffer)}
 	return q
 }
@@ -161,6 +168,7 @@ func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 			}
 			return nil, context.Cause(ctx)
 		case lease != nil:
+			q.idles = 0
 			if q.full() {
 				q.bells.stop(ctx)
 			}
@@ -190,7 +198,8 @@ func (q *Queue) look(ctx context.Context, turned <-chan struct{}) (*Lease, error
 
 // idle waits for a reason to look for a job again. A bell says where to look first.
 func (q *Queue) idle(ctx context.Context, changed, turned <-chan struct{}) (*Lease, error) {
-	timer := time.NewTimer(idleSweep/2 + rand.N(idleSweep)) //nolint:gosec // jitter needs no secrecy
+	q.idles = min(max(firstSweep, laterSweep*q.idles), q.rest)
+	timer := time.NewTimer(q.idles/2 + rand.N(q.idles)) //nolint:gosec // jitter needs no secrecy
 	defer timer.Stop()
 	select {
 	case bell := <-q.bells.rung:
@@ -339,6 +348,7 @@ func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {
 	if err := q.c.nc.Publish(l.ack, []byte(ackInProgress)); err != nil {
 		return nil, unavailable(err)
 	}
+	q.tellHolder(ctx, r)
 	q.mu.Lock()
 	q.leases[l] = struct{}{}
 	q.mu.Unlock()

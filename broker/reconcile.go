@@ -228,9 +228,13 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 	case err != nil:
 		return c.endUnreadable(ctx, operation)
 	}
-	_, err = c.last(ctx, c.jobs, jobSubjectOf(r))
-	if !errors.Is(err, jetstream.ErrMsgNotFound) {
-		return err
+	for _, at := range []struct {
+		stream  jetstream.Stream
+		subject string
+	}{{c.jobs, jobSubjectOf(r)}, {c.held, heldSubjectOf(r)}} {
+		if _, err = c.last(ctx, at.stream, at.subject); !errors.Is(err, jetstream.ErrMsgNotFound) {
+			return err
+		}
 	}
 	op, err := r.snapshot(revision)
 	if err != nil {

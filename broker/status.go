@@ -16,9 +16,11 @@ import (
 type PoolInfo struct {
 	Name     string   `json:"name"`
 	Platform Platform `json:"platform"`
-	// Waiting and Running count jobs by lane, the soonest first.
+	// Waiting and Running count jobs by lane, the soonest first, and Held those whose turn to enter a lane
+	// has not come.
 	Waiting []int `json:"waiting"`
 	Running []int `json:"running"`
+	Held    int   `json:"held"`
 	// Workers serve the pool and take jobs; Slots and Busy are theirs together.
 	Workers int `json:"workers"`
 	Slots   int `json:"slots"`
@@ -39,15 +41,14 @@ func (c *Client) Pools(ctx context.Context) ([]PoolInfo, error) {
 	for i := range infos {
 		info := &infos[i]
 		for lane := range lanes {
-			consumer, err := c.jobs.Consumer(ctx, consumerName(info.Name, lane))
-			if errors.Is(err, jetstream.ErrConsumerNotFound) {
-				continue // a pool that is being made
+			var err error
+			if info.Waiting[lane], info.Running[lane], err = count(ctx, c.jobs, consumerName(info.Name, lane)); err != nil {
+				return nil, err
 			}
-			if err != nil {
-				return nil, unavailable(cause(ctx, err))
-			}
-			state := consumer.CachedInfo()
-			info.Waiting[lane], info.Running[lane] = int(state.NumPending), state.NumAckPending //nolint:gosec // bounded by the queue
+		}
+		var err error
+		if info.Held, _, err = count(ctx, c.held, info.Name); err != nil {
+			return nil, err
 		}
 		for _, w := range c.view.serving(info.Platform) {
 			info.Workers, info.Slots, info.Busy = info.Workers+1, info.Slots+w.Slots, info.Busy+w.Busy
@@ -56,34 +57,58 @@ func (c *Client) Pools(ctx context.Context) ([]PoolInfo, error) {
 	return infos, nil
 }
 
-// Active returns up to limit operations that wait or run, in the order in which they came, and whether
-// there are more. Its cost depends on limit alone.
+// count returns how many messages a consumer has not delivered, and how many wait for its acknowledgement.
+func count(ctx context.Context, s jetstream.Stream, consumer string) (pending, delivered int, err error) {
+	c, err := s.Consumer(ctx, consumer)
+	switch {
+	case errors.Is(err, jetstream.ErrConsumerNotFound): // of a pool that is being made
+		return 0, 0, nil
+	case err != nil:
+		return 0, 0, unavailable(cause(ctx, err))
+	}
+	state := c.CachedInfo()
+	return int(state.NumPending), state.NumAckPending, nil //nolint:gosec // bounded by the queue
+}
+
+// Active returns up to limit operations that wait or run, those in the queue first and then those that
+// are held, each in the order in which they came, and whether there are more. Its cost depends on limit
+// alone.
 func (c *Client) Active(ctx context.Context, limit int) (ops []*Operation, more bool, err error) {
-	for sequence := uint64(1); ; {
-		if len(ops) == limit {
-			return ops, true, nil
+	seen := map[string]bool{}
+	for _, from := range []struct {
+		stream  jetstream.Stream
+		subject string
+	}{{c.jobs, jobSubject + "*.*.*"}, {c.held, heldSubject + "*.*"}} {
+		if more, err = c.active(ctx, from.stream, from.subject, limit, seen, &ops); more || err != nil {
+			return ops, more, err
 		}
-		job, err := c.jobAfter(ctx, sequence)
+	}
+	return ops, false, nil
+}
+
+func (c *Client) active(ctx context.Context, s jetstream.Stream, subject string, limit int, seen map[string]bool, ops *[]*Operation) (more bool, err error) {
+	for sequence := uint64(1); ; {
+		if len(*ops) == limit {
+			return true, nil
+		}
+		job, err := c.following(ctx, s, sequence, subject)
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return ops, false, nil
+			return false, nil
 		}
 		if err != nil {
-			return nil, false, err
+			return false, err
 		}
 		sequence = job.Sequence + 1
 		op, err := c.Get(ctx, job.Subject[strings.LastIndexByte(job.Subject, '.')+1:])
 		switch {
 		case errors.Is(err, ErrNotFound): // deleted, or not yet recorded
 		case err != nil:
-			return nil, false, err
-		case !op.Done():
-			ops = append(ops, op)
+			return false, err
+		case !op.Done() && !seen[op.Name]: // a job on its way into the queue is in both
+			seen[op.Name] = true
+			*ops = append(*ops, op)
 		}
 	}
-}
-
-func (c *Client) jobAfter(ctx context.Context, sequence uint64) (*jetstream.RawStreamMsg, error) {
-	return c.following(ctx, c.jobs, sequence, jobSubject+"*.*.*")
 }
 
 // Why says in a sentence why an operation is where it is, and how many are before it in its lane if

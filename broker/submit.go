@@ -127,7 +127,7 @@ func newRecord(r Request) *record {
 	now := time.Now().UTC()
 	return &record{
 		Operation: newName(), Action: refOf(r.Action), ActionData: action, Stage: repb.ExecutionStage_QUEUED,
-		Queued: now, Updated: now, Lane: laneOf(r.Priority), Platform: r.Platform,
+		Queued: now, Updated: now, Platform: r.Platform,
 		Priority: r.Priority, SkipCacheLookup: r.SkipCacheLookup, DoNotCache: r.DoNotCache, Unattended: r.Unattended,
 		Metadata: metadata, Invocation: fmt.Sprintf("%.*s", maxInvocation, r.Metadata.GetToolInvocationId()),
 	}
@@ -138,15 +138,20 @@ func newRecord(r Request) *record {
 func (c *Client) enqueue(ctx context.Context, rec *record) (*Operation, error) {
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
+	queue := c.hold
+	if c.place(rec) {
+		queue = c.publishJob
+	}
 	revision, err := c.create(ctx, rec)
 	if err == nil {
 		job := *rec
 		job.Revision = revision
-		if err = c.publishJob(ctx, &job); err == nil {
+		if err = queue(ctx, &job); err == nil {
 			return rec.snapshot(revision)
 		}
 		err = c.abandon(ctx, rec, err)
 	}
+	c.holds.forget(rec)
 	c.releaseFlight(ctx, rec)
 	return nil, err
 }
@@ -194,24 +199,29 @@ func (c *Client) publishJob(ctx context.Context, job *record) error {
 	if err != nil {
 		return err
 	}
+	sequence, err := c.publishOnce(ctx, jobSubjectOf(job), payload)
+	if err == nil && sequence > 0 {
+		c.ring(ctx, job)
+	}
+	return err
+}
+
+// publishOnce stores a message whose subject may have one only. The sequence is 0 when there is one.
+func (c *Client) publishOnce(ctx context.Context, subject string, payload []byte) (sequence uint64, err error) {
 	for attempt := 0; ; attempt++ {
-		_, err := c.publish(ctx, &nats.Msg{Subject: jobSubjectOf(job), Data: payload})
+		sequence, err := c.publish(ctx, &nats.Msg{Subject: subject, Data: payload})
 		switch {
 		case err == nil:
-			c.ring(ctx, job)
-			return nil
+			return sequence, nil
 		case errors.Is(err, errStoreFailed) && strings.Contains(err.Error(), "per subject"):
-			if attempt > 0 { // an earlier try, whose answer was lost
-				c.ring(ctx, job)
-			}
-			return nil
+			return 0, nil
 		case errors.Is(err, errStoreFailed):
-			return fmt.Errorf("%w: %d operations wait or run", ErrQueueFull, c.maxQueued)
+			return 0, fmt.Errorf("%w: %d operations wait", ErrQueueFull, c.maxQueued)
 		case !errors.Is(err, ErrUnavailable) || attempt >= maxTries:
-			return err
+			return 0, err
 		}
 		if err := pause(ctx, attempt); err != nil {
-			return err
+			return 0, err
 		}
 	}
 }
@@ -239,6 +249,14 @@ func (c *Client) mend(ctx context.Context, op *Operation) {
 		if err := c.end(ctx, op.Name, code.Code_FAILED_PRECONDITION, refused.Error()); err != nil {
 			c.log.WarnContext(ctx, "end operation that nobody can serve", "operation", op.Name, "err", err)
 		}
+		return
+	}
+	if held, err := c.last(ctx, c.held, heldSubjectOf(r)); err == nil {
+		if c.submits {
+			c.adoptOne(ctx, held)
+		}
+		return
+	} else if !errors.Is(err, jetstream.ErrMsgNotFound) {
 		return
 	}
 	r.Revision = revision
@@ -315,15 +333,15 @@ func (c *Client) releaseFlight(ctx context.Context, rec *record) {
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
 	err := c.flights.DeleteMsg(ctx, rec.Flight)
-	if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) && !isGone(err) {
+	if err != nil && !isGone(err) {
 		c.log.WarnContext(ctx, "release flight", "operation", rec.Operation, "err", err)
 	}
 }
 
-// isGone tells the server's answer to deleting a message that is deleted.
+// isGone tells the server's answer to deleting a message that is deleted. The library keeps its text only.
 func isGone(err error) bool {
-	api, ok := errors.AsType[*jetstream.APIError](err)
-	return ok && (api.ErrorCode == 10057 || api.Code == 404)
+	return errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) &&
+		(strings.Contains(err.Error(), "no message found") || strings.Contains(err.Error(), "message deleted"))
 }
 
 // ensurePool makes the consumers of a pool at its first use.

@@ -14,6 +14,7 @@ import (
 const (
 	operationsStream = "OPERATIONS"
 	jobsStream       = "JOBS"
+	heldStream       = "HELD"
 	flightsStream    = "FLIGHTS"
 	deadStream       = "DEAD"
 	poolsBucket      = "pools"
@@ -22,16 +23,19 @@ const (
 	operationSubject = "jetfarm.op."
 	statusSubject    = "jetfarm.status."
 	jobSubject       = "jetfarm.job."
+	heldSubject      = "jetfarm.held."
 	flightSubject    = "jetfarm.flight."
 	deadSubject      = "jetfarm.dead."
 	bellSubject      = "jetfarm.bell."
 	workerSubject    = "jetfarm.worker."
 	logSubject       = "jetfarm.log."
+	tookSubject      = "jetfarm.took."
+	flowsSubject     = "jetfarm.flows"
 )
 
 const (
-	// lanes is the number of priority lanes of a pool, 0 the soonest.
-	lanes = 3
+	// lanes is the number of lanes of a pool, 0 the soonest.
+	lanes = 4
 	// maxPools bounds the shapes that clients can ask for: each has a consumer per lane, and a stream
 	// slows down with its consumers.
 	maxPools = 16
@@ -46,19 +50,22 @@ const (
 	flightTTL = abandonedAfter
 )
 
+// laneOf is the lane of what a build has submitted last; what it has few of are in the one before.
 func laneOf(priority int32) int {
 	switch {
 	case priority < 0:
-		return 0
-	case priority == 0:
 		return 1
+	case priority == 0:
+		return 2
 	}
-	return 2
+	return 3
 }
 
 func jobSubjectOf(r *record) string {
 	return jobSubject + r.Pool + "." + strconv.Itoa(r.Lane) + "." + r.Operation
 }
+
+func heldSubjectOf(r *record) string { return heldSubject + r.Pool + "." + r.Operation }
 
 func consumerName(pool string, lane int) string { return pool + "-" + strconv.Itoa(lane) }
 
@@ -99,6 +106,12 @@ func (c *Client) open(ctx context.Context) error {
 			Subjects: []string{jobSubject + "*.*.*"}, Retention: jetstream.WorkQueuePolicy, MaxMsgs: c.maxQueued, MaxAge: abandonedAfter,
 			MaxMsgsPerSubject: 1, Discard: jetstream.DiscardNew, DiscardNewPerSubject: true,
 			Duplicates: duplicates, Replicas: c.replicas,
+		},
+		{
+			Name: heldStream, Description: "jetfarm: operations whose turn to enter the queue has not come",
+			Subjects: []string{heldSubject + "*.*"}, MaxMsgs: c.maxQueued, MaxMsgsPerSubject: 1, MaxAge: abandonedAfter,
+			Discard: jetstream.DiscardNew, DiscardNewPerSubject: true,
+			AllowDirect: c.replicas == 1, Duplicates: duplicates, Replicas: c.replicas,
 		},
 		{
 			Name: flightsStream, Description: "jetfarm: which operation runs an action that others may join",
@@ -142,7 +155,7 @@ func (c *Client) open(ctx context.Context) error {
 // bind gets the streams that are there.
 func (c *Client) bind(ctx context.Context) error {
 	for name, stream := range map[string]*jetstream.Stream{
-		operationsStream: &c.operations, jobsStream: &c.jobs, flightsStream: &c.flights, deadStream: &c.dead,
+		operationsStream: &c.operations, jobsStream: &c.jobs, heldStream: &c.held, flightsStream: &c.flights, deadStream: &c.dead,
 	} {
 		var err error
 		if *stream, err = c.js.Stream(ctx, name); err != nil {
@@ -225,6 +238,13 @@ func (c *Client) ensureConsumers(ctx context.Context, pool string) error {
 		if err != nil {
 			return fmt.Errorf("consumer %s: %w", consumerName(pool, lane), err)
 		}
+	}
+	// Nobody pulls from this one; it counts what is held.
+	_, err := c.js.CreateOrUpdateConsumer(ctx, heldStream, jetstream.ConsumerConfig{
+		Durable: pool, FilterSubject: heldSubject + pool + ".*", AckPolicy: jetstream.AckNonePolicy,
+	})
+	if err != nil {
+		return fmt.Errorf("consumer %s: %w", pool, err)
 	}
 	return nil
 }

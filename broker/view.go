@@ -55,8 +55,9 @@ func (v *view) init() {
 	v.workers, v.pools, v.changed = map[string]seenWorker{}, map[string]Platform{defaultPool: nil}, make(chan struct{})
 }
 
-// Run follows the registries of workers and pools, cancels operations that their last watcher left
-// in this process, and mends what other processes left undone, until ctx ends. Without it a client knows no workers and only the pools that it has
+// Run follows the registries of workers and pools, holds back jobs whose turn has not come, cancels
+// operations that their last watcher left in this process, and mends what other processes left undone, until
+// ctx ends. Without it a client knows no workers and only the pools that it has
 // made.
 func (c *Client) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
@@ -65,6 +66,9 @@ func (c *Client) Run(ctx context.Context) error {
 	group.Go(func() error { return c.cancelAbandoned(ctx) })
 	group.Go(func() error { return c.reconcile(ctx) })
 	group.Go(func() error { return c.hearAdvisories(ctx) })
+	if c.submits {
+		group.Go(func() error { return c.holdBack(ctx) })
+	}
 	if err := group.Wait(); ctx.Err() == nil {
 		return err
 	}
@@ -144,6 +148,13 @@ func (v *view) addPool(pool string, platform Platform) {
 func (v *view) announce() {
 	close(v.changed)
 	v.changed = make(chan struct{})
+}
+
+// platform returns what a pool's jobs ask for.
+func (v *view) platform(pool string) Platform {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.pools[pool]
 }
 
 func (v *view) knows(pool string) bool {

@@ -9,6 +9,7 @@ import (
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"golang.org/x/time/rate"
 	statuspb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
@@ -33,6 +34,7 @@ type execution struct {
 	metrics  *metrics
 	enabled  bool
 	executed func(action digest.Digest)
+	rate     *rate.Limiter
 }
 
 // operationStream is an Execute or WaitExecution stream.
@@ -98,6 +100,9 @@ func (e *execution) admit(req *repb.ExecuteRequest) (digest.Digest, error) {
 	action, err := parseAction(req.GetInstanceName(), req.GetDigestFunction(), req.GetActionDigest())
 	if err != nil {
 		return digest.Digest{}, err
+	}
+	if !e.rate.Allow() {
+		return digest.Digest{}, fmt.Errorf("%w: this frontend takes %d; try again in a moment", errRate, e.limits.ExecuteRate)
 	}
 	return action, errors.Join(
 		checkPriority("execution_policy.priority", req.GetExecutionPolicy().GetPriority()),

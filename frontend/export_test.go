@@ -30,6 +30,7 @@ var (
 	ErrNotFound      = errNotFound
 	ErrDamaged       = errDamaged
 	ErrBusy          = errBusy
+	ErrRate          = errRate
 	ErrMoved         = errMoved
 	ErrDraining      = errDraining
 	ErrInterrupted   = errInterrupted

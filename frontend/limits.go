@@ -52,6 +52,8 @@ type Limits struct {
 	MaxInlineBytes int
 	// MaxInlineFiles bounds the output files that a request may ask to inline. 1 000 by default.
 	MaxInlineFiles int
+	// ExecuteRate bounds the Execute calls per second that this process takes. 20 000 by default.
+	ExecuteRate int
 	// MaxPageSize bounds the operations in one ListOperations answer. 500 by default.
 	MaxPageSize int
 
@@ -121,6 +123,7 @@ func (l Limits) withDefaults() Limits {
 	orDefault(&l.MaxResultBytes, 3<<20)
 	orDefault(&l.MaxInlineBytes, 1<<20)
 	orDefault(&l.MaxInlineFiles, 1000)
+	orDefault(&l.ExecuteRate, 20_000)
 	orDefault(&l.MaxPageSize, 500)
 	orDefault(&l.Stall, 2*time.Minute)
 	orDefault(&l.NoData, 10*time.Minute)

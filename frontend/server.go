@@ -13,6 +13,7 @@ import (
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc"
 	_ "google.golang.org/grpc/encoding/gzip" // some clients compress messages, whatever is in them
@@ -115,6 +116,7 @@ func (s *Server) register() {
 	repb.RegisterExecutionServer(s.grpc, &execution{
 		broker: cfg.Broker, actions: cfg.Actions, blobs: cfg.Blobs, answers: ans, waiters: s.waiters,
 		limits: limits, metrics: s.metrics, enabled: cfg.ExecEnabled, executed: cfg.Executed,
+		rate: rate.NewLimiter(rate.Limit(limits.ExecuteRate), limits.ExecuteRate),
 	})
 	if cfg.Assets != nil {
 		s.assets = newAssets(cfg)

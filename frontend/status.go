@@ -37,6 +37,8 @@ var (
 	errDamaged = errors.New("stored blob is damaged")
 	// errBusy is a frontend that has as many streams of a kind as it takes.
 	errBusy = errors.New("frontend is busy")
+	// errRate is a frontend that is asked to execute more often than it takes.
+	errRate = errors.New("too many executions per second")
 	// errMoved is an upload that begins before what is kept of it.
 	errMoved = errors.New("more of the upload has arrived")
 	// errDraining ends what a client may begin again on another frontend.
@@ -72,6 +74,7 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{errStalled, codes.DeadlineExceeded, false},
 	{errSlow, codes.DeadlineExceeded, false},
 	{errBusy, codes.ResourceExhausted, true},
+	{errRate, codes.ResourceExhausted, true},
 	{errMoved, codes.Aborted, true},
 	{errDraining, codes.Unavailable, true},
 	{errInterrupted, codes.Unavailable, true},

@@ -38,6 +38,7 @@ func TestErrorMapping(t *testing.T) {
 		{frontend.ErrNotFound, codes.NotFound, false},
 		{frontend.ErrDamaged, codes.DataLoss, false},
 		{frontend.ErrBusy, codes.ResourceExhausted, true},
+		{frontend.ErrRate, codes.ResourceExhausted, true},
 		{frontend.ErrMoved, codes.Aborted, true},
 		{frontend.ErrDraining, codes.Unavailable, true},
 		{frontend.ErrInterrupted, codes.Unavailable, true},

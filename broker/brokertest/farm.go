@@ -117,7 +117,7 @@ func (f *Farm) ClientWith(t testing.TB, cfg broker.Config) *broker.Client {
 // ClientAt is ClientWith through another address of the server, such as a proxy's.
 func (f *Farm) ClientAt(t testing.TB, url string, cfg broker.Config) *broker.Client {
 	t.Helper()
-	cfg.Conn, cfg.Log = f.connect(t, url), f.log
+	cfg.Conn, cfg.Log, cfg.Submits = f.connect(t, url), f.log, true
 	c, err := broker.New(cfg)
 	if err != nil {
 		t.Fatalf("New: %v", err)

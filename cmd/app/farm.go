@@ -28,6 +28,8 @@ type farmConfig struct {
 	actionBytes  int64 // bound on the action cache
 	actionMemory int64 // bound on what of it is in memory; 0 is none
 	compression  objectstore.Compression
+	submits      bool               // whether clients' operations come in here
+	maxTenant    int64              // operations that may wait for one instance name
 	blobs        objectstore.Config // bounds on the blobs
 }
 
@@ -55,12 +57,19 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, cf
 		}
 		f.connections = append(f.connections, nc)
 	}
-	f.client, err = broker.New(broker.Config{Conn: f.connections[0], Replicas: cfg.replicas, Log: p.log, Registerer: f.metrics})
+	f.client, err = broker.New(broker.Config{
+		Conn: f.connections[0], Replicas: cfg.replicas, Submits: cfg.submits, MaxTenant: cfg.maxTenant, Log: p.log, Registerer: f.metrics,
+	})
 	if err != nil {
 		return err
 	}
 	if err = f.client.Open(ctx); err != nil {
 		return err
+	}
+	if cfg.submits {
+		f.metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Name: "jetfarm_held_operations", Help: "Operations that wait at this frontend for their turn to enter the queue.",
+		}, func() float64 { return float64(f.client.Held()) }))
 	}
 	blobs := cfg.blobs
 	blobs.Small, blobs.Bulk, blobs.Replicas = f.connections[1], f.connections[2], f.client.Replicas()

@@ -111,6 +111,8 @@ type serveFlags struct {
 	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
 	HTTPOpaqueResults  bool     `name:"http-opaque-results" help:"Let clients of the HTTP cache keep values below /ac/ that are no ActionResult, as ccache does." default:"false"`
 	ACSize             size     `name:"ac-size" help:"Most bytes of action results; those that were not used for the longest time give way." default:"1GiB" env:"JETFARM_AC_SIZE"`
+	MaxQueued          int64    `name:"max-queued" help:"Most operations of one instance name that wait for their turn, in the whole farm; more are refused with RESOURCE_EXHAUSTED." default:"100000" env:"JETFARM_MAX_QUEUED"`
+	ExecuteRate        int      `name:"execute-rate" help:"Most Execute calls per second that this process takes; more are refused with RESOURCE_EXHAUSTED." default:"20000" env:"JETFARM_EXECUTE_RATE"`
 	ChunkSize          size     `name:"chunk-size" help:"Average size of the chunks into which clients that ask for it split large blobs, a power of two from 1KiB to 8MiB. Chunks are stored beside the blobs. 0 offers no chunks." default:"512KiB"`
 	Instance           []string `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
 }
@@ -124,7 +126,10 @@ const (
 
 // farm is what a role that serves the API wants of the farm.
 func (f *serveFlags) farm(replicas int) farmConfig {
-	return farmConfig{replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory, compression: f.CASCompression}
+	return farmConfig{
+		replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory, compression: f.CASCompression,
+		submits: true, maxTenant: f.MaxQueued,
+	}
 }
 
 // chunks are the parameters of chunks, or nil.
@@ -141,6 +146,12 @@ func (f *serveFlags) checkSizes() error {
 		if err := chunks.Validate(); err != nil {
 			return run.UsageError{Err: fmt.Errorf("--chunk-size: %w", err)}
 		}
+	}
+	if f.MaxQueued < 1 || f.MaxQueued > broker.DefaultMaxQueued {
+		return run.UsageError{Err: fmt.Errorf("--max-queued %d is not from 1 to %d, which is all that the queue holds", f.MaxQueued, broker.DefaultMaxQueued)}
+	}
+	if f.ExecuteRate < 1 {
+		return run.UsageError{Err: fmt.Errorf("--execute-rate %d is not positive", f.ExecuteRate)}
 	}
 	if f.ACSize < minACSize {
 		return run.UsageError{Err: fmt.Errorf("--ac-size %d bytes is less than %s", f.ACSize, humanize.IBytes(uint64(minACSize)))}

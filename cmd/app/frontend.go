@@ -103,7 +103,7 @@ func newFrontend(p *process, farm *farm, stores *served, assets *frontend.Assets
 	cfg := frontend.Config{
 		Blobs: stores.blobs, Actions: stores.results, Executed: stores.executed, Broker: farm.client, Full: farm.blobs.Full, Log: p.log, Registerer: farm.metrics,
 		AllowActionCacheUpdates: flags.ActionCacheUpdates || !execute, ExecEnabled: execute, OpaqueResults: flags.HTTPOpaqueResults, Instances: flags.Instance, Assets: assets,
-		Chunks: flags.chunks(),
+		Chunks: flags.chunks(), Limits: frontend.Limits{ExecuteRate: flags.ExecuteRate},
 	}
 	return frontend.New(cfg)
 }

@@ -51,7 +51,7 @@ func (c *Status) run(ctx context.Context, p *process) error {
 		}
 		t := newTable(p.out, "POOL", "WAITING", "RUNNING", "WORKERS", "BUSY", "SLOTS", "PLATFORM")
 		for _, pool := range s.Pools {
-			t.row(pool.Name, strconv.Itoa(sum(pool.Waiting)), strconv.Itoa(sum(pool.Running)), strconv.Itoa(pool.Workers),
+			t.row(pool.Name, strconv.Itoa(sum(pool.Waiting)+pool.Held), strconv.Itoa(sum(pool.Running)), strconv.Itoa(pool.Workers),
 				strconv.Itoa(pool.Busy), strconv.Itoa(pool.Slots), platformText(pool.Platform))
 		}
 		return t.end()
@@ -65,7 +65,7 @@ func look(ctx context.Context, client *broker.Client) (*farmStatus, error) {
 	}
 	s := &farmStatus{Pools: pools, List: client.Workers()}
 	for _, pool := range pools {
-		s.Waiting += sum(pool.Waiting)
+		s.Waiting += sum(pool.Waiting) + pool.Held
 		s.Running += sum(pool.Running)
 	}
 	for _, w := range s.List {
