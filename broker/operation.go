@@ -51,9 +51,11 @@ type Operation struct {
 	Queued   time.Time
 	Updated  time.Time
 	Platform Platform
-	// Pool and Lane say where the operation waits or waited.
+	// Pool and Lane say where the operation waits or waited. Held says, of what Active gives, that its turn to
+	// enter the lane has not come.
 	Pool     string
 	Lane     int
+	Held     bool
 	Priority int32
 	// Invocation is the client's tool_invocation_id, as it was sent.
 	Invocation string

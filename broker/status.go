@@ -106,6 +106,7 @@ func (c *Client) active(ctx context.Context, s jetstream.Stream, subject string,
 			return false, err
 		case !op.Done() && !seen[op.Name]: // a job on its way into the queue is in both
 			seen[op.Name] = true
+			op.Held = s == c.held && op.Stage == repb.ExecutionStage_QUEUED
 			*ops = append(*ops, op)
 		}
 	}
@@ -147,6 +148,8 @@ func (c *Client) whyWaits(op *Operation, before int) string {
 	}
 	text := fmt.Sprintf("%d of %d slots that could run it are busy", min(busy, slots), slots)
 	switch {
+	case op.Held:
+		text += "; builds take turns, and its build's turn for it has not come"
 	case before == 1:
 		text += "; one operation is before it in its lane"
 	case before > 1:

@@ -46,6 +46,32 @@ func TestOperatorsSeeTheQueue(t *testing.T) {
 }
 
 // attach returns a client of an operator, who starts nothing.
+// TestOperatorsSeeWhatIsHeld: it is counted, and says that it waits for its turn.
+func TestOperatorsSeeWhatIsHeld(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	brokertest.Queue(t, c, worker("w1"))
+	for i := range 50 {
+		submit(t, c, build("a", i))
+	}
+	viewer := attach(t, farm)
+	pool := must(viewer.Pools(t.Context()))[0]
+	in := 0
+	for _, n := range pool.Waiting {
+		in += n
+	}
+	if pool.Held == 0 || in+pool.Held != 50 {
+		t.Errorf("%d operations are in lanes and %d are held, want 50 in all", in, pool.Held)
+	}
+	ops, more, err := viewer.Active(t.Context(), 100)
+	if err != nil || more || len(ops) != 50 {
+		t.Fatalf("Active = %d operations, %v, %v, want 50", len(ops), more, err)
+	}
+	if got := viewer.Why(ops[49], 0); !strings.Contains(got, "turn") {
+		t.Errorf("the last one waits because %q, want for its turn", got)
+	}
+}
+
 func attach(t *testing.T, farm *brokertest.Farm) *broker.Client {
 	t.Helper()
 	c, err := broker.New(broker.Config{Conn: farm.Connect(t), Log: farm.Log()})
