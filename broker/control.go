@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/nats-io/nats.go"
 )
@@ -107,10 +108,31 @@ func (q *Queue) setDraining(ctx context.Context, draining bool) {
 	q.register(ctx)
 }
 
+// SetTrouble makes the registry say why the worker takes no jobs, and Next wait; "" makes it go on, unless
+// an operator drains the worker.
+func (q *Queue) SetTrouble(ctx context.Context, why string) {
+	why = strings.ToValidUTF8(fmt.Sprintf("%.*s", maxReason, why), "")
+	q.mu.Lock()
+	changed := q.trouble != why
+	q.trouble = why
+	if changed {
+		close(q.turned)
+		q.turned = make(chan struct{})
+	}
+	q.mu.Unlock()
+	switch {
+	case changed && why != "":
+		q.c.log.ErrorContext(ctx, "the worker is out of order and takes no jobs", "worker", q.self.Name, "err", why)
+	case changed:
+		q.c.log.InfoContext(ctx, "the worker works again", "worker", q.self.Name)
+	}
+	q.register(ctx)
+}
+
 // takesJobs tells whether Next may look for a job, and returns a channel that is closed when that
 // changes.
 func (q *Queue) takesJobs() (bool, <-chan struct{}) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return !q.draining, q.turned
+	return !q.draining && q.trouble == "", q.turned
 }

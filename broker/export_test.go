@@ -17,3 +17,6 @@ func (c *Client) Reconcile(ctx context.Context) error {
 	r := &reconciler{c: c}
 	return errors.Join(r.queues(ctx), r.flights(ctx))
 }
+
+// Busy is what the registry says of busy slots.
+func (q *Queue) Busy() int { return q.info().Busy }

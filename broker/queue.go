@@ -27,7 +27,8 @@ type Queue struct {
 	mu       sync.Mutex
 	leases   map[*Lease]struct{} // guarded by mu
 	draining bool                // guarded by mu
-	turned   chan struct{}       // guarded by mu; closed and replaced when draining changes
+	trouble  string              // guarded by mu; why the worker has taken itself out, or ""
+	turned   chan struct{}       // guarded by mu; closed and replaced when draining or trouble changes
 
 	sub *nats.Subscription // guarded by mu; of the inbox
 
@@ -113,7 +114,7 @@ func (q *Queue) info() WorkerInfo {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	info := q.self
-	info.Busy, info.Draining = len(q.leases), q.draining
+	info.Busy, info.Draining, info.Trouble = len(q.leases), q.draining, q.trouble
 	return info
 }
 

@@ -140,7 +140,7 @@ func (c *Client) whyWaits(op *Operation, before int) string {
 	}
 	workers := c.view.serving(op.Platform)
 	if len(workers) == 0 {
-		return "every worker that could run it is draining"
+		return "every worker that could run it is draining or out of order"
 	}
 	slots, busy := 0, 0
 	for _, w := range workers {
@@ -163,6 +163,6 @@ func (v *view) serving(p Platform) []WorkerInfo {
 	workers := v.live()
 	declared := declaredBy(workers)
 	return slices.DeleteFunc(workers, func(w WorkerInfo) bool {
-		return w.Draining || len(w.Platform.missing(p, declared)) > 0
+		return w.Draining || w.Trouble != "" || len(w.Platform.missing(p, declared)) > 0
 	})
 }

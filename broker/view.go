@@ -21,13 +21,15 @@ import (
 type WorkerInfo struct {
 	Name string `json:"name"`
 	// Incarnation tells one life of a worker from the next.
-	Incarnation string    `json:"incarnation"`
-	Platform    Platform  `json:"platform,omitempty"`
-	Slots       int       `json:"slots"`
-	Busy        int       `json:"busy"`
-	Isolation   string    `json:"isolation,omitempty"`
-	Draining    bool      `json:"draining,omitempty"`
-	Started     time.Time `json:"started"`
+	Incarnation string   `json:"incarnation"`
+	Platform    Platform `json:"platform,omitempty"`
+	Slots       int      `json:"slots"`
+	Busy        int      `json:"busy"`
+	Isolation   string   `json:"isolation,omitempty"`
+	Draining    bool     `json:"draining,omitempty"`
+	// Trouble says why the worker has taken itself out, if it has.
+	Trouble string    `json:"trouble,omitempty"`
+	Started time.Time `json:"started"`
 }
 
 const (

@@ -56,11 +56,11 @@ func (x *execution) fetch(ctx context.Context) (err error) {
 // farm's.
 func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) {
 	if err := x.slot.Clean(); err != nil {
-		return nil, err
+		return nil, setUp(ctx, err)
 	}
 	space, err := x.w.dirs.take(x.slot.UID())
 	if err != nil {
-		return nil, err
+		return nil, setUp(ctx, err)
 	}
 	x.space = space
 	defer x.w.dirs.give(space)
@@ -72,7 +72,14 @@ func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) 
 	ended, err := x.command(ctx)
 	if err != nil {
 		x.keepOutput(ctx)
-		return nil, err
+		return nil, setUp(ctx, err)
+	}
+	x.ran = true
+	if ended.ExitCode != 0 {
+		// What the command could not write is no failure of its own.
+		if err := x.w.dirs.lowDisk(); err != nil {
+			return nil, err
+		}
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, x.w.cfg.UploadTimeout, errUploadTimeout)
 	defer cancel()

@@ -229,20 +229,6 @@ func TestPanicReturnsItsJobAlone(t *testing.T) {
 	}
 }
 
-func TestStorageTroubleIsNotTheClients(t *testing.T) {
-	f := newFarm(t)
-	f.worker("auto", func(c *worker.Config) { c.FetchTimeout = 200 * time.Millisecond })
-	a := sh("true")
-	d := f.store(a)
-	f.blobs.Plan = func(op castest.Op, _ digest.Digest) castest.Fault {
-		return castest.Fault{After: -1, Stall: op == castest.OpOpen}
-	}
-	r := f.wait(f.submit(broker.Request{Action: d}))
-	if statusCode(r) != code.Code_UNAVAILABLE || !strings.Contains(r.GetStatus().GetMessage(), "fetching the inputs took too long") {
-		t.Errorf("status is %v", r.GetStatus())
-	}
-}
-
 // An action that has killed as many workers as may try it ends, and no further worker runs it.
 func TestX_113_ActionThatKillsItsWorkers(t *testing.T) {
 	f := newFarm(t)

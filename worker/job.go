@@ -24,6 +24,7 @@ type job struct {
 	started time.Time
 	begun   chan struct{} // closed when the operation is in the stage EXECUTING under this attempt
 	outcome string        // for the metrics
+	ran     bool          // whether the command has run
 }
 
 // do runs the job, settles it or gives it back, and leaves nothing.
@@ -31,6 +32,9 @@ func (j *job) do(ctx context.Context) {
 	defer j.release()
 	response, err := j.guarded(ctx)
 	if err == nil {
+		if j.ran {
+			j.w.health.succeeded()
+		}
 		var o broker.Outcome
 		if o, err = j.w.outcome(ctx, j.spec.Action.Space(), response); err == nil {
 			j.settle(ctx, o)
@@ -124,10 +128,13 @@ func (j *job) fail(ctx context.Context, err error) {
 		giveBack = j.lease.HandOver
 	default:
 		log.WarnContext(ctx, "job failed and is returned")
+		if isOwn(err) {
+			j.w.health.failed(ctx, err)
+		}
 		j.pause(ctx)
 	}
 	j.outcome = outcomeReturned
-	switch err := giveBack(ctx, j.w.reason(err)); {
+	switch err := giveBack(ctx, reason(err)); {
 	case errors.Is(err, broker.ErrExhausted):
 		j.outcome = outcomeUnavailable
 	case err != nil:

@@ -11,6 +11,9 @@ type metrics struct {
 	stages   *prometheus.HistogramVec
 	busy     prometheus.Gauge
 	outcomes *prometheus.CounterVec
+	// outOfOrder is 1 while the worker has taken itself out.
+	outOfOrder  prometheus.Gauge
+	ownFailures prometheus.Counter
 }
 
 // The outcomes of a job.
@@ -37,9 +40,15 @@ func newMetrics(r prometheus.Registerer) *metrics {
 		outcomes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "jetfarm_worker_jobs_total", Help: "Jobs by how they ended.",
 		}, []string{"outcome"}),
+		outOfOrder: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "jetfarm_worker_out_of_order", Help: "1 while the worker takes no jobs because its machine failed.",
+		}),
+		ownFailures: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "jetfarm_worker_own_failures_total", Help: "Jobs that failed because of the worker's machine.",
+		}),
 	}
 	if r != nil {
-		r.MustRegister(m.stages, m.busy, m.outcomes)
+		r.MustRegister(m.stages, m.busy, m.outcomes, m.outOfOrder, m.ownFailures)
 	}
 	return m
 }

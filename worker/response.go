@@ -62,23 +62,24 @@ func missingResponse(missing *inputs.MissingError) *repb.ExecuteResponse {
 }
 
 // reason says in a few words that a user may read why the farm failed.
-func (w *Worker) reason(err error) string {
-	text := "internal error"
+func reason(err error) string {
 	switch {
 	case errors.Is(err, errDraining):
 		return errDraining.Error()
-	case errors.Is(err, cas.ErrUnavailable), errors.Is(err, broker.ErrUnavailable):
-		text = "the storage does not answer"
-	case errors.Is(err, cas.ErrFull):
-		text = "the storage is full"
 	case isDiskFull(err):
-		text = "the worker's disk is full"
+		return "the worker's disk is full"
+	case errors.Is(err, cas.ErrUnavailable), errors.Is(err, broker.ErrUnavailable):
+		return "the storage does not answer"
+	case errors.Is(err, cas.ErrFull):
+		return "the storage is full"
 	case errors.Is(err, errFetchTimeout), errors.Is(err, errUploadTimeout):
-		text = err.Error()
+		return err.Error()
+	case errors.Is(err, errSetUp):
+		return "actions can't be set up"
 	case errors.Is(err, contain.ErrPanic):
-		text = "internal error (panic)"
+		return "internal error (panic)"
 	}
-	return fmt.Sprintf("%s on worker %s", text, w.cfg.Name)
+	return "internal error"
 }
 
 // outcome serializes a response. One that is too large for a message is stored as a blob, one that is

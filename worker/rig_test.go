@@ -347,3 +347,10 @@ func marked(t testing.TB, marker string) int {
 	}
 	return n
 }
+
+// stallReads makes the storage answer no read any more.
+func (f *farm) stallReads() {
+	f.blobs.Plan = func(op castest.Op, _ digest.Digest) castest.Fault {
+		return castest.Fault{After: -1, Stall: op == castest.OpOpen}
+	}
+}

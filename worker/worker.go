@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"github.com/jetfarm/jetfarm/worker/contain"
 	"github.com/jetfarm/jetfarm/worker/inputs"
@@ -31,6 +30,7 @@ type Worker struct {
 	loader    *inputs.Loader
 	collector *outputs.Collector
 	metrics   *metrics
+	health    *health
 	logs      *logs
 	// finishing has a token for each job that has a lease, so that jobs which no longer need a slot
 	// can't pile up.
@@ -51,11 +51,13 @@ func New(cfg Config) (*Worker, error) {
 	if err != nil {
 		return nil, errors.Join(err, dirs.close())
 	}
+	m := newMetrics(cfg.Registerer)
 	return &Worker{
 		cfg: cfg, dirs: dirs, pool: pool,
 		loader:    inputs.NewLoader(cfg.Blobs, inputs.DefaultLimits()),
 		collector: &outputs.Collector{Blobs: cfg.Blobs, Files: cfg.Disk, Limits: outputs.DefaultLimits()},
-		metrics:   newMetrics(cfg.Registerer),
+		metrics:   m,
+		health:    &health{queue: cfg.Queue, metrics: m},
 		logs:      newLogs(cfg.MaxLog),
 		finishing: make(chan struct{}, finishingPerSlot*cfg.Concurrency),
 	}, nil
@@ -104,7 +106,7 @@ func (w *Worker) take(ctx, jobs context.Context, running *errgroup.Group) error 
 			<-w.finishing
 			return nil //nolint:nilerr // ctx ended, and with it the taking
 		}
-		lease, err := w.cfg.Queue.Next(ctx)
+		lease, err := w.next(ctx, slot)
 		if err != nil {
 			slot.Release()
 			<-w.finishing
@@ -125,5 +127,3 @@ func (w *Worker) take(ctx, jobs context.Context, running *errgroup.Group) error 
 		})
 	}
 }
-
-func isDiskFull(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }

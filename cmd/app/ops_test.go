@@ -2,11 +2,13 @@ package app_test
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/broker/brokertest"
@@ -79,4 +81,38 @@ func TestOpsDeadAndRetry(t *testing.T) {
 	if out, err = operate(t, farm, "ops", "retry", operation); err == nil || !strings.Contains(err.Error(), "ops dead") {
 		t.Errorf("a second retry printed %q, %v", out, err)
 	}
+}
+
+// TestTroubleIsSaid: what is wrong with a worker that took itself out is in the lists, and it gets no work.
+func TestTroubleIsSaid(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	q := brokertest.Queue(t, c, broker.WorkerInfo{Name: "w1", Slots: 1})
+	q.SetTrouble(t.Context(), "the disk is full")
+	if _, err := c.Submit(t.Context(), broker.Request{Action: castest.Space(t, "").Of([]byte("an action"))}); err != nil {
+		t.Fatal(err)
+	}
+	for command, want := range map[string][]string{
+		"workers ls": {"out of order", "the disk is "},
+		"status":     {"1 out of order", "w1 takes no actions: the disk is "},
+		"ops ls":     {"draining or out of order"},
+	} {
+		out, err := operate(t, farm, strings.Fields(command)...)
+		for _, part := range want {
+			if err != nil || !strings.Contains(out, part) {
+				t.Errorf("%s printed\n%s%v\nwithout %q", command, out, err, part)
+			}
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, errors.New("no job"))
+	defer cancel()
+	if l, err := q.Next(ctx); err == nil {
+		t.Errorf("a worker that is out of order took %s", l.Job().Operation)
+	}
+	q.SetTrouble(t.Context(), "")
+	l, err := q.Next(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Drop(t.Context())
 }

@@ -3,6 +3,7 @@ package app
 import (
 	"context"
 	"fmt"
+	"io"
 	"strconv"
 	"time"
 
@@ -18,6 +19,7 @@ type Status struct {
 type farmStatus struct {
 	Workers  int                 `json:"workers"`
 	Draining int                 `json:"draining"`
+	Failing  int                 `json:"out_of_order"`
 	Slots    int                 `json:"slots"`
 	Busy     int                 `json:"busy"`
 	Waiting  int                 `json:"waiting"`
@@ -36,9 +38,12 @@ func (c *Status) run(ctx context.Context, p *process) error {
 		if c.JSON {
 			return printJSON(p.out, s)
 		}
-		_, err = fmt.Fprintf(p.out, "workers  %d live, %d of them draining; %d of %d slots are busy\nqueue    %d waiting, %d running\n",
-			s.Workers, s.Draining, s.Busy, s.Slots, s.Waiting, s.Running)
+		_, err = fmt.Fprintf(p.out, "workers  %d live, %d of them draining, %d out of order; %d of %d slots are busy\nqueue    %d waiting, %d running\n",
+			s.Workers, s.Draining, s.Failing, s.Busy, s.Slots, s.Waiting, s.Running)
 		if err != nil {
+			return err
+		}
+		if err := s.troubles(p.out); err != nil {
 			return err
 		}
 		if s.Oldest != nil {
@@ -58,6 +63,19 @@ func (c *Status) run(ctx context.Context, p *process) error {
 	})
 }
 
+// troubles prints what is wrong with workers.
+func (s *farmStatus) troubles(out io.Writer) error {
+	for _, w := range s.List {
+		if w.Trouble == "" {
+			continue
+		}
+		if _, err := fmt.Fprintf(out, "trouble  %s takes no actions: %s\n", printable(w.Name), printable(w.Trouble)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func look(ctx context.Context, client *broker.Client) (*farmStatus, error) {
 	pools, err := client.Pools(ctx)
 	if err != nil {
@@ -72,6 +90,9 @@ func look(ctx context.Context, client *broker.Client) (*farmStatus, error) {
 		s.Workers, s.Slots, s.Busy = s.Workers+1, s.Slots+w.Slots, s.Busy+w.Busy
 		if w.Draining {
 			s.Draining++
+		}
+		if w.Trouble != "" {
+			s.Failing++
 		}
 	}
 	if s.Waiting > 0 {

@@ -34,10 +34,10 @@ func (c *WorkersLs) run(ctx context.Context, p *process) error {
 			}
 			return nil
 		}
-		t := newTable(p.out, "NAME", "STATE", "BUSY", "SLOTS", "ISOLATION", "UP", "PLATFORM")
+		t := newTable(p.out, "NAME", "STATE", "BUSY", "SLOTS", "ISOLATION", "UP", "PLATFORM", "WHY")
 		for _, w := range workers {
 			t.row(printable(w.Name), stateOf(w), strconv.Itoa(w.Busy), strconv.Itoa(w.Slots), orDash(w.Isolation),
-				age(time.Since(w.Started)), platformText(w.Platform))
+				age(time.Since(w.Started)), platformText(w.Platform), orDash(w.Trouble))
 		}
 		return t.end()
 	})
@@ -49,6 +49,8 @@ func stateOf(w broker.WorkerInfo) string {
 		return "drained"
 	case w.Draining:
 		return "draining"
+	case w.Trouble != "":
+		return "out of order"
 	case w.Busy >= w.Slots:
 		return "full"
 	}

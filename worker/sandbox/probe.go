@@ -61,6 +61,15 @@ func makeMountpoint() (string, error) {
 	return "", errors.Join(errs...)
 }
 
+// Probe does on a thread what a run does, up to becoming the slot's user and writing to an execution root
+// below dir.
+func (s *Slot) Probe(dir string) error {
+	if s.pool.mode == ModeNone {
+		return nil
+	}
+	return s.probe(s.pool.mode, dir)
+}
+
 func (s *Slot) probe(m Mode, dir string) (err error) {
 	base, err := os.MkdirTemp(dir, "probe-*")
 	if err != nil {
