@@ -48,6 +48,7 @@ unit: ## run all Go tests, those with a real Bazel included
 
 lint: ## run golangci-lint; the first run builds it, which takes minutes
 	$(TOOL) golangci-lint run ./...
+	./.ci/seeded
 
 tidy: ## check that go.mod and go.sum are complete and have nothing else
 	$(GO) mod tidy -diff
