@@ -13,9 +13,10 @@ type forwarder struct {
 	listener net.Listener
 	targets  []string
 	open     sync.WaitGroup
-	mu       sync.Mutex // guards conns and closed
+	mu       sync.Mutex // guards what follows
 	conns    map[net.Conn]bool
 	closed   bool
+	stalled  chan struct{} // closed when bytes pass again; nil while they do
 }
 
 func startForwarder(t *testing.T, targets ...string) *forwarder {
@@ -55,18 +56,57 @@ func (f *forwarder) forward(client net.Conn) {
 		}
 		defer f.untrack(client, server)
 		var copies sync.WaitGroup
-		copies.Go(func() { relay(server, client) })
-		copies.Go(func() { relay(client, server) })
+		copies.Go(func() { f.relay(server, client) })
+		copies.Go(func() { f.relay(client, server) })
 		copies.Wait()
 		return
 	}
 }
 
 // relay copies until one side ends and then ends both: gRPC never half-closes a connection.
-func relay(to, from net.Conn) {
-	_, _ = io.Copy(to, from) //nolint:errcheck // a connection that breaks is what these tests are about
+func (f *forwarder) relay(to, from net.Conn) {
+	_, _ = io.Copy(to, &gated{from, f}) //nolint:errcheck // a connection that breaks is what these tests are about
 	_ = to.Close()
 	_ = from.Close()
+}
+
+// gated is a connection of which nothing is read while the forwarder stalls.
+type gated struct {
+	io.Reader
+	forwarder *forwarder
+}
+
+func (g *gated) Read(p []byte) (int, error) {
+	n, err := g.Reader.Read(p)
+	g.forwarder.mu.Lock()
+	stalled := g.forwarder.stalled
+	g.forwarder.mu.Unlock()
+	if stalled != nil {
+		<-stalled
+	}
+	return n, err
+}
+
+// stall makes all connections pass nothing, or go on.
+func (f *forwarder) stall(on bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.stalled != nil {
+		close(f.stalled)
+		f.stalled = nil
+	}
+	if on && !f.closed {
+		f.stalled = make(chan struct{})
+	}
+}
+
+// cut breaks all connections that there are.
+func (f *forwarder) cut() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for c := range f.conns {
+		_ = c.Close()
+	}
 }
 
 func (f *forwarder) track(conns ...net.Conn) bool {
@@ -90,9 +130,8 @@ func (f *forwarder) close() {
 	_ = f.listener.Close()
 	f.mu.Lock()
 	f.closed = true
-	for c := range f.conns {
-		_ = c.Close()
-	}
 	f.mu.Unlock()
+	f.stall(false)
+	f.cut()
 	f.open.Wait()
 }
