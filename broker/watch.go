@@ -75,7 +75,9 @@ type watcher struct {
 	sub       *nats.Subscription
 	gap       <-chan struct{}
 	dropped   int
-	silent    bool // does not count as somebody who waits for the operation
+	silent    bool      // does not count as somebody who waits for the operation
+	refused   time.Time // since when no worker can serve the operation, or zero
+	moved     bool      // whether it was put into a pool since the last heartbeat, or that failed
 }
 
 // watcher subscribes. Whatever is stored after the server has seen the subscription arrives in
@@ -111,7 +113,7 @@ func (w *watcher) current(ctx context.Context) (*Operation, error) {
 // next waits for a state newer than last, or returns last's successor or last itself after a
 // heartbeat.
 func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error) {
-	heartbeat := time.NewTimer(w.c.heartbeat)
+	heartbeat := time.NewTimer(w.beat(last))
 	defer heartbeat.Stop()
 	for {
 		select {
@@ -125,6 +127,8 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 			if op != nil && op.Revision > last.Revision {
 				return op, nil
 			}
+		case <-w.stranded(last):
+			w.move(ctx, last)
 		case <-w.gap:
 			w.gap = w.c.gapped()
 			op, err := w.current(ctx)
@@ -134,6 +138,8 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 		case <-heartbeat.C:
 			op, err := w.current(ctx)
 			if err == nil {
+				w.moved = false
+				w.giveUp(ctx, op)
 				w.c.mend(ctx, op)
 			}
 			return op, err
