@@ -86,6 +86,7 @@ type Client struct {
 	view     view
 	keeper   poolKeeper
 	departed departures
+	busy     busy
 	holds    holds
 
 	mu  sync.Mutex

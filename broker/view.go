@@ -68,6 +68,7 @@ func (c *Client) Run(ctx context.Context) error {
 	group.Go(func() error { return c.follow(ctx, c.shapes, c.view.sawShape) })
 	group.Go(func() error { return c.sweepPools(ctx) })
 	group.Go(func() error { return c.cancelAbandoned(ctx) })
+	group.Go(func() error { return c.answerForBusy(ctx) })
 	group.Go(func() error { return c.reconcile(ctx) })
 	group.Go(func() error { return c.hearAdvisories(ctx) })
 	if c.submits {

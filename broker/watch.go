@@ -48,7 +48,7 @@ func (c *Client) Watch(ctx context.Context, operation string) iter.Seq2[*Operati
 // follow yields op and what comes after it, or err.
 func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield func(*Operation, error) bool) {
 	for err == nil {
-		wanted := yield(op, nil)
+		wanted := w.hand(op, yield)
 		if op.Done() {
 			return
 		}
@@ -62,6 +62,13 @@ func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield fu
 		w.c.departed.add(w.operation)
 	}
 	yield(nil, err)
+}
+
+// hand yields a state, while others answer for the watcher.
+func (w *watcher) hand(op *Operation, yield func(*Operation, error) bool) bool {
+	w.c.busy.enter(w)
+	defer w.c.busy.leave(w)
+	return yield(op, nil)
 }
 
 // watcher follows one operation: one core NATS subscription and a buffer of watchBuffer messages, no
@@ -78,6 +85,7 @@ type watcher struct {
 	silent    bool      // does not count as somebody who waits for the operation
 	refused   time.Time // since when no worker can serve the operation, or zero
 	moved     bool      // whether it was put into a pool since the last heartbeat, or that failed
+	behind    bool      // states came while it was busy, see busy.questions
 }
 
 // watcher subscribes. Whatever is stored after the server has seen the subscription arrives in
@@ -115,6 +123,12 @@ func (w *watcher) current(ctx context.Context) (*Operation, error) {
 func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error) {
 	heartbeat := time.NewTimer(w.beat(last))
 	defer heartbeat.Stop()
+	if w.behind {
+		w.behind = false
+		if op, err := w.current(ctx); err != nil || op.Revision > last.Revision {
+			return op, err
+		}
+	}
 	for {
 		select {
 		case <-ctx.Done():
