@@ -56,6 +56,11 @@ func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield fu
 			w.c.departed.add(w.operation)
 			return
 		}
+		if w.behind {
+			w.behind = false
+			op, err = w.current(ctx)
+			continue
+		}
 		op, err = w.next(ctx, op)
 	}
 	if ctx.Err() != nil {
@@ -123,12 +128,6 @@ func (w *watcher) current(ctx context.Context) (*Operation, error) {
 func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error) {
 	heartbeat := time.NewTimer(w.beat(last))
 	defer heartbeat.Stop()
-	if w.behind {
-		w.behind = false
-		if op, err := w.current(ctx); err != nil || op.Revision > last.Revision {
-			return op, err
-		}
-	}
 	for {
 		select {
 		case <-ctx.Done():
