@@ -249,7 +249,11 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 func (c *Client) removeLeft(ctx context.Context, r *record) {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 	defer cancel()
-	if err := c.jobs.Purge(ctx, jetstream.WithPurgeSubject(jobSubjectOf(r))); err != nil {
+	err := errors.Join(
+		c.jobs.Purge(ctx, jetstream.WithPurgeSubject(jobSubjectOf(r))),
+		c.held.Purge(ctx, jetstream.WithPurgeSubject(heldSubjectOf(r))),
+	)
+	if err != nil {
 		c.log.WarnContext(ctx, "remove job of an ended operation", "operation", r.Operation, "err", err)
 	}
 }

@@ -3,6 +3,8 @@ package brokertest
 import (
 	"testing"
 
+	"github.com/nats-io/nats.go"
+
 	"github.com/jetfarm/jetfarm/broker"
 )
 
@@ -18,7 +20,12 @@ func (f *Farm) Publish(t testing.TB, subject string, payload []byte) {
 // Deaf returns a client that is open and does not run: it hears of nothing and mends nothing.
 func (f *Farm) Deaf(t testing.TB, cfg broker.Config) *broker.Client {
 	t.Helper()
-	cfg.Conn, cfg.Log = f.connect(t, f.URL()), f.log
+	return f.open(t, f.connect(t, f.URL()), cfg)
+}
+
+func (f *Farm) open(t testing.TB, nc *nats.Conn, cfg broker.Config) *broker.Client {
+	t.Helper()
+	cfg.Conn, cfg.Log = nc, f.log
 	c, err := broker.New(cfg)
 	if err != nil {
 		t.Fatalf("New: %v", err)
