@@ -226,7 +226,7 @@ func isOwn(err error) bool {
 	switch {
 	case isDiskFull(err):
 		return true
-	case errors.Is(err, cas.ErrUnavailable), errors.Is(err, broker.ErrUnavailable), errors.Is(err, cas.ErrFull),
+	case isOutage(err), errors.Is(err, cas.ErrFull),
 		errors.Is(err, errFetchTimeout), errors.Is(err, errUploadTimeout), errors.As(err, &network):
 		return false
 	}

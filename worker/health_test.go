@@ -2,10 +2,12 @@ package worker_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -13,6 +15,9 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/code"
 
 	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cas"
+	"github.com/jetfarm/jetfarm/cas/castest"
+	"github.com/jetfarm/jetfarm/cas/digest"
 	"github.com/jetfarm/jetfarm/worker"
 )
 
@@ -171,5 +176,27 @@ func TestStorageTroubleIsNotTheClients(t *testing.T) {
 	}
 	if why := f.trouble(w); why != "" {
 		t.Errorf("the worker is out: %s", why)
+	}
+}
+
+// A storage that does not answer for a while uses up no attempts: it hits whatever runs, again and again.
+func TestOutageOfTheStorageIsNoFailure(t *testing.T) {
+	f := newFarm(t)
+	d := f.store(sh("echo made"))
+	var asked atomic.Int32
+	f.blobs.Plan = func(op castest.Op, _ digest.Digest) castest.Fault {
+		if op != castest.OpOpen || asked.Add(1) > broker.MaxAttempts {
+			return castest.Fault{}
+		}
+		return castest.Fault{After: -1, Err: fmt.Errorf("%w: no leader", cas.ErrUnavailable)}
+	}
+	f.worker("auto", one)
+	name := f.submit(broker.Request{Action: d})
+	if r := f.wait(name); statusCode(r) != code.Code_OK {
+		t.Errorf("the response is %v", r)
+	}
+	op, err := f.client.Get(t.Context(), name)
+	if err != nil || len(op.Failures) != 0 || op.Attempt != broker.MaxAttempts+1 {
+		t.Errorf("the operation is %+v, %v; want no failure in %d attempts", op, err, broker.MaxAttempts+1)
 	}
 }

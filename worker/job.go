@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/jetfarm/jetfarm/broker"
+	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/actioncache"
 	"github.com/jetfarm/jetfarm/worker/contain"
 	"github.com/jetfarm/jetfarm/worker/sandbox"
@@ -126,6 +127,10 @@ func (j *job) fail(ctx context.Context, err error) {
 	case errors.Is(err, errDraining):
 		log.InfoContext(ctx, "job interrupted by shutdown")
 		giveBack = j.lease.HandOver
+	case isOutage(err) && j.lease.Attempt() < maxOutages:
+		log.WarnContext(ctx, "job waits for the storage")
+		giveBack = j.lease.HandOver
+		j.pause(ctx)
 	default:
 		log.WarnContext(ctx, "job failed and is returned")
 		if isOwn(err) {
@@ -141,6 +146,16 @@ func (j *job) fail(ctx context.Context, err error) {
 		log.WarnContext(ctx, "return job", "cause", err)
 	}
 	j.w.metrics.outcomes.WithLabelValues(j.outcome).Inc()
+}
+
+// maxOutages is up to which attempt one that ends because the storage does not answer is no failure. Such an
+// outage hits all that runs, and is no sign of an action that must not be tried again; the pauses between
+// so many attempts add up to about two minutes.
+const maxOutages = 12
+
+// isOutage tells whether a job failed because the storage or the broker does not answer.
+func isOutage(err error) bool {
+	return errors.Is(err, cas.ErrUnavailable) || errors.Is(err, broker.ErrUnavailable)
 }
 
 // pause keeps the slot for a moment after a failure of the farm, so that attempts are not used up and

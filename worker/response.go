@@ -68,7 +68,7 @@ func reason(err error) string {
 		return errDraining.Error()
 	case isDiskFull(err):
 		return "the worker's disk is full"
-	case errors.Is(err, cas.ErrUnavailable), errors.Is(err, broker.ErrUnavailable):
+	case isOutage(err):
 		return "the storage does not answer"
 	case errors.Is(err, cas.ErrFull):
 		return "the storage is full"
