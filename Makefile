@@ -8,7 +8,7 @@ BENCHTIME  ?= 1s
 COUNT      ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills soak-cancels test-compose conformance soak-cas scale-cas clean
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills soak-cancels chaos test-compose conformance soak-cas scale-cas clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ soak-kills: ## kill broker and frontend at 50 random points of uploads, takes tw
 
 soak-cancels: ## cancel 200 calls while connections break and an upstream dies, with the race detector; takes a minute
 	JETFARM_CANCELS=200 $(GO) test -race -run 'CancelsInAStorm' -count=1 -v ./integration
+
+chaos: ## break a farm in every way during a build of 2 000 actions and a load of 20 000; 40 minutes
+	JETFARM_CHAOS=1 $(GO) test -run '^TestChaos$$' -v -count 1 -timeout 150m ./integration
 
 test-compose: build ## run deployments/compose.yaml with a docker engine of its own, as root; takes minutes
 	JETFARM_COMPOSE=1 $(GO) test -run '^TestCompose$$' -count=1 -timeout=25m -v ./integration

@@ -7,7 +7,6 @@ import (
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -19,7 +18,6 @@ import (
 
 // answers makes the Operation messages that clients see. Operation.error is never set (row EXA-3).
 type answers struct {
-	broker *broker.Client
 	blobs  cas.Store
 	inline *inliner
 	limits Limits
@@ -28,7 +26,7 @@ type answers struct {
 // of returns the message for a broker's operation, with its response when it is done. The error wraps
 // errNotFound when the response was a blob that is gone.
 func (a *answers) of(ctx context.Context, op *broker.Operation, want wants) (*longrunningpb.Operation, error) {
-	meta := a.metadata(op)
+	meta := metadataOf(op)
 	if !op.Done() {
 		return message(op.Name, meta, nil)
 	}
@@ -101,10 +99,8 @@ func message(name string, meta *repb.ExecuteOperationMetadata, response *repb.Ex
 	return op, nil
 }
 
-// metadata says where an operation is. Why one waits is a LocalizedMessage in the auxiliary metadata, the only
-// place that the API has for it.
-func (a *answers) metadata(op *broker.Operation) *repb.ExecuteOperationMetadata {
-	meta := &repb.ExecuteOperationMetadata{
+func metadataOf(op *broker.Operation) *repb.ExecuteOperationMetadata {
+	return withLogs(&repb.ExecuteOperationMetadata{
 		Stage:          op.Stage,
 		ActionDigest:   op.Action.Proto(),
 		DigestFunction: op.Action.Space().Function().Proto(),
@@ -112,12 +108,5 @@ func (a *answers) metadata(op *broker.Operation) *repb.ExecuteOperationMetadata 
 			Worker:          op.Worker,
 			QueuedTimestamp: timestamppb.New(op.Queued),
 		},
-	}
-	meta.StdoutStreamName, meta.StderrStreamName = logNames(op)
-	if why := a.broker.Explain(op); why != "" {
-		if packed, err := anypb.New(&errdetails.LocalizedMessage{Locale: "en", Message: clip(why)}); err == nil {
-			meta.PartialExecutionMetadata.AuxiliaryMetadata = []*anypb.Any{packed}
-		}
-	}
-	return meta
+	}, op)
 }

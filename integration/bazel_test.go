@@ -31,6 +31,7 @@ const (
 type bazel struct {
 	workspace  string
 	outputRoot string
+	within     time.Duration // bounds one command
 }
 
 // useBazel returns the shared Bazel with an empty output tree: whatever is built next comes from the farm.
@@ -48,7 +49,7 @@ var sharedBazel = sync.OnceValues(func() (*bazel, error) {
 	if _, err := exec.LookPath("bazel"); err != nil {
 		return nil, fmt.Errorf("these tests need Bazel: %w; %s", err, installBazel)
 	}
-	b := &bazel{workspace: filepath.Join(scratch, "workspace"), outputRoot: filepath.Join(scratch, "bazel")}
+	b := &bazel{workspace: filepath.Join(scratch, "workspace"), outputRoot: filepath.Join(scratch, "bazel"), within: bazelWithin}
 	if err := os.CopyFS(b.workspace, os.DirFS("testdata/workspace")); err != nil {
 		return nil, err
 	}
@@ -168,7 +169,7 @@ func (p *pending) wait(t *testing.T) *invocation {
 
 // try runs any Bazel command. An exit code other than 0 is no error.
 func (b *bazel) try(ctx context.Context, args ...string) (*invocation, error) {
-	ctx, cancel := context.WithTimeout(ctx, bazelWithin)
+	ctx, cancel := context.WithTimeout(ctx, b.within)
 	defer cancel()
 	began := time.Now()
 	out, err := b.command(ctx, args...).CombinedOutput()

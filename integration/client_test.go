@@ -17,6 +17,7 @@ import (
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -65,7 +66,7 @@ func (c *client) put(ctx context.Context, blobs ...[]byte) error {
 	}
 	for _, r := range response.GetResponses() {
 		if r.GetStatus().GetCode() != 0 {
-			return fmt.Errorf("upload %v: %v", r.GetDigest(), r.GetStatus())
+			return fmt.Errorf("upload %v: %w", r.GetDigest(), status.ErrorProto(r.GetStatus()))
 		}
 	}
 	return nil
