@@ -26,6 +26,8 @@ type execution struct {
 	meta  *repb.ExecutedActionMetadata
 	last  time.Time // the latest time in meta
 	space *workspace
+	// oomBefore is what the kernel had killed for want of memory before the command began.
+	oomBefore uint64
 }
 
 // now returns the time for the next timestamp of the metadata. Timestamps never go back, also when
@@ -111,6 +113,7 @@ func (x *execution) command(ctx context.Context) (ended sandbox.Result, err erro
 		*file = f
 	}
 	x.meta.ExecutionStartTimestamp = x.now()
+	x.oomBefore = x.w.oom.before()
 	if ended, err = x.slot.Run(ctx, spec); err != nil {
 		x.space.tainted = true
 		return ended, err
@@ -156,13 +159,15 @@ func (x *execution) classify(response *repb.ExecuteResponse, ended sandbox.Resul
 	if killed && ended.ExitCode == 0 {
 		response.Result.ExitCode = 137
 	}
+	if !ended.TimedOut {
+		response.Message = killText(ended, ended.ExitCode == exitKilled && x.w.oom.read() > x.oomBefore)
+	}
 	switch {
 	case ended.TimedOut:
 		x.outcome = outcomeTimeout
 		response.Status = failure(code.Code_DEADLINE_EXCEEDED, timeoutMessage).Status
 	case ended.Exceeded != "":
 		x.outcome = outcomeFailed
-		response.Message = "The action exceeded a limit: " + ended.Exceeded + "."
 	case refused != nil:
 		x.outcome = outcomeRejected
 		response.Status = blame(refused).GetStatus()

@@ -31,6 +31,7 @@ type Worker struct {
 	collector *outputs.Collector
 	metrics   *metrics
 	health    *health
+	oom       *oomCounter
 	logs      *logs
 	// finishing has a token for each job that has a lease, so that jobs which no longer need a slot
 	// can't pile up.
@@ -58,6 +59,7 @@ func New(cfg Config) (*Worker, error) {
 		collector: &outputs.Collector{Blobs: cfg.Blobs, Files: cfg.Disk, Limits: outputs.DefaultLimits()},
 		metrics:   m,
 		health:    &health{queue: cfg.Queue, metrics: m},
+		oom:       &oomCounter{path: "/proc/vmstat"},
 		logs:      newLogs(cfg.MaxLog),
 		finishing: make(chan struct{}, finishingPerSlot*cfg.Concurrency),
 	}, nil

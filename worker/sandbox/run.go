@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -37,6 +38,9 @@ type Spec struct {
 type Result struct {
 	// ExitCode is the status as a shell says it: 128 plus the signal for a command that a signal ended.
 	ExitCode int
+	// Signal is what ended the command, or 0 for one that ended by itself, as the shell around a command
+	// does that a signal ended.
+	Signal syscall.Signal
 	// TimedOut says that the command was killed because of Spec.Timeout.
 	TimedOut bool
 	// Exceeded says which limit other than the timeout the command exceeded, or is "". The command was
@@ -98,6 +102,7 @@ func (s *Slot) Run(ctx context.Context, spec Spec) (Result, error) {
 	var g errgroup.Group
 	g.Go(func() error { s.watch(ctx, e); return nil })
 	var code, pid int
+	var signal syscall.Signal
 	var duration time.Duration
 	err := onThread(func() (err error) {
 		proc, err := s.start(spec)
@@ -115,7 +120,7 @@ func (s *Slot) Run(ctx context.Context, spec Spec) (Result, error) {
 		if err != nil {
 			return fmt.Errorf("wait for the command: %w", err)
 		}
-		code = exitCode(state)
+		code, signal = exitCode(state)
 		return nil
 	})
 	close(e.ended)
@@ -131,7 +136,7 @@ func (s *Slot) Run(ctx context.Context, spec Spec) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	r := Result{ExitCode: code, Started: e.started, Duration: duration}
+	r := Result{ExitCode: code, Signal: signal, Started: e.started, Duration: duration}
 	why := e.killed()
 	if why == nil {
 		why = e.overLimit() // between the last look and the end

@@ -149,12 +149,12 @@ func find(name, dir string, env []string) ([]string, error) {
 	return nil, &SpawnError{Path: name, Err: fmt.Errorf("%w in PATH %q", fs.ErrNotExist, value)}
 }
 
-// exitCode is the status as a shell says it.
-func exitCode(state *os.ProcessState) int {
+// exitCode is the status as a shell says it, and the signal that ended the command.
+func exitCode(state *os.ProcessState) (int, syscall.Signal) {
 	if w, ok := state.Sys().(syscall.WaitStatus); ok && w.Signaled() {
-		return 128 + int(w.Signal())
+		return 128 + int(w.Signal()), w.Signal()
 	}
-	return state.ExitCode()
+	return state.ExitCode(), 0
 }
 
 // keepFiles keeps the files that whoever started this process left open from its actions. Those that are
