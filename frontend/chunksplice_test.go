@@ -4,12 +4,15 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
+	"strings"
 	"testing"
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/jetfarm/jetfarm/cas"
@@ -236,4 +239,33 @@ func TestSpliceFailures(t *testing.T) {
 		memory.Corrupt(da, random(1000))
 		wantCode(t, "SpliceBlob", h.splice(t.Context(), whole, da.Proto(), db.Proto()), codes.DataLoss)
 	})
+}
+
+// Digests at the edges of what is well formed, of every function, never make a call fail as if the farm had
+// an error.
+func TestSpliceOfOddDigests(t *testing.T) {
+	h := start(t, withChunks(smallChunks))
+	for _, fn := range digest.Functions() {
+		space := must(digest.SpaceOf("", fn.Proto(), ""))
+		empty, some := space.Of(nil), space.Of(random(10))
+		odd := []*repb.Digest{
+			empty.Proto(), some.Proto(),
+			{Hash: some.Hash()},
+			{Hash: empty.Hash(), SizeBytes: 10},
+			{Hash: some.Hash(), SizeBytes: 1},
+			{Hash: some.Hash(), SizeBytes: math.MaxInt64},
+			{Hash: strings.Repeat("0", len(some.Hash())), SizeBytes: 10},
+			{Hash: strings.Repeat("f", len(some.Hash())), SizeBytes: 10},
+			{Hash: some.Hash()[1:], SizeBytes: 10},
+			{Hash: strings.ToUpper(some.Hash()), SizeBytes: 10},
+		}
+		for _, blob := range odd {
+			for _, chunk := range odd {
+				_, err := h.cas.SpliceBlob(t.Context(), &repb.SpliceBlobRequest{DigestFunction: fn.Proto(), BlobDigest: blob, ChunkDigests: []*repb.Digest{chunk, chunk}})
+				if code := status.Code(err); code == codes.Internal || code == codes.Unknown {
+					t.Errorf("%v: %v of %v: %v", fn, blob, chunk, err)
+				}
+			}
+		}
+	}
 }

@@ -1,6 +1,7 @@
 package worker_test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"github.com/nats-io/nats.go/jetstream"
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -350,5 +352,64 @@ func TestCommandOfAnOlderClient(t *testing.T) {
 	wrong.command.OutputFiles = []string{"out"} //nolint:staticcheck // clients of REAPI 2.0 use these fields
 	if r := f.run(wrong); statusCode(r) != code.Code_FAILED_PRECONDITION {
 		t.Errorf("a directory where a file was promised: %v", r.GetStatus())
+	}
+}
+
+// The clocks of frontend and worker differ by a day: the timestamps of a result are in order all the same, and
+// the timeout is measured with neither.
+func TestX_117_ClocksThatDiffer(t *testing.T) {
+	f := newFarm(t)
+	js, err := jetstream.New(f.broker.Connect(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	jobs, err := js.Stream(t.Context(), "JOBS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, shift := range []time.Duration{-24 * time.Hour, 24 * time.Hour} {
+		a := sh("sleep 0.2 # " + shift.String())
+		a.action.Timeout = durationpb.New(time.Minute)
+		names = append(names, f.submit(broker.Request{Action: f.store(a)}))
+		all := f.broker.All(t, "JOBS")
+		m := all[len(all)-1]
+		var record map[string]any
+		if err := json.Unmarshal(m.Data, &record); err != nil {
+			t.Fatal(err)
+		}
+		record["queued"] = time.Now().Add(shift)
+		data, err := json.Marshal(record)
+		if err == nil {
+			err = jobs.DeleteMsg(t.Context(), m.Sequence)
+		}
+		if err == nil {
+			_, err = js.Publish(t.Context(), m.Subject, append(data, 0x0a))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.worker("auto", nil)
+	for _, name := range names {
+		r := f.wait(name)
+		m := r.GetResult().GetExecutionMetadata()
+		last := m.GetQueuedTimestamp().AsTime()
+		for i, at := range []*timestamppb.Timestamp{
+			m.GetWorkerStartTimestamp(), m.GetInputFetchStartTimestamp(), m.GetInputFetchCompletedTimestamp(),
+			m.GetExecutionStartTimestamp(), m.GetExecutionCompletedTimestamp(), m.GetOutputUploadStartTimestamp(),
+			m.GetOutputUploadCompletedTimestamp(), m.GetWorkerCompletedTimestamp(),
+		} {
+			if !at.IsValid() || at.AsTime().Before(last) {
+				t.Errorf("timestamp %d is %v after %v", i, at.AsTime(), last)
+			}
+			last = at.AsTime()
+		}
+		if d := m.GetVirtualExecutionDuration().AsDuration(); statusCode(r) != code.Code_OK || d < 200*time.Millisecond || d > 30*time.Second {
+			t.Errorf("it took %v: %v", d, r.GetStatus())
+		}
+		if shifted := time.Until(m.GetQueuedTimestamp().AsTime()).Abs(); shifted < 23*time.Hour {
+			t.Errorf("the operation was queued %v from now, so the clocks agree", shifted)
+		}
 	}
 }

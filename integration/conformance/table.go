@@ -52,6 +52,8 @@ Where the farm does something else than the words of the specification:
 * Of compressed uploads and of blobs up to 512 KiB nothing is kept; they start over.
 * committed_size of a compressed upload is the number of compressed bytes, or -1 when the blob was there.
 * Missing inputs of an Execute come in the response of a finished operation, not as the status of the call.
+  When the action, its command or the input root is absent, what is below it is listed by the next Execute.
+* CancelOperation ends an operation for everybody whose equal action shares it.
 
 `
 
