@@ -405,7 +405,7 @@ func TestX_117_ClocksThatDiffer(t *testing.T) {
 			}
 			last = at.AsTime()
 		}
-		if d := m.GetVirtualExecutionDuration().AsDuration(); statusCode(r) != code.Code_OK || d < 200*time.Millisecond || d > 30*time.Second {
+		if d := m.GetVirtualExecutionDuration().AsDuration(); statusCode(r) != code.Code_OK || d <= 0 || d > 30*time.Second {
 			t.Errorf("it took %v: %v", d, r.GetStatus())
 		}
 		if shifted := time.Until(m.GetQueuedTimestamp().AsTime()).Abs(); shifted < 23*time.Hour {
