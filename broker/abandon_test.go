@@ -80,6 +80,57 @@ func TestOPS_10_RunningOperationIsCancelledWhenNobodyWatches(t *testing.T) {
 	checkAbandoned(t, farm, c, operation)
 }
 
+// A watcher that is busy for longer than watchers have to answer, as with a client that takes nothing from its
+// stream, is still there: nothing is cancelled, and when it looks again it sees the end.
+func TestBusyWatcherHasNotLeft(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	q := brokertest.Queue(t, farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon, Heartbeat: 100 * time.Millisecond}), worker("w1"))
+	operation := submit(t, c, broker.Request{Action: action(1)})
+	busy, free := make(chan struct{}), make(chan struct{})
+	var last *broker.Operation
+	var watcher errgroup.Group
+	watcher.Go(func() error {
+		for op, err := range c.Watch(t.Context(), operation) {
+			if err != nil {
+				return err
+			}
+			if last == nil {
+				close(busy)
+				<-free
+			}
+			last = op
+		}
+		return nil
+	})
+	<-busy
+	l := begin(t, q)
+	guarded := make(chan error, 1)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var guard errgroup.Group
+	guard.Go(func() error { guarded <- l.Guard(ctx); return nil })
+	quiet := time.NewTimer(abandonedSoon + 6*time.Second)
+	select {
+	case err := <-guarded:
+		t.Errorf("the operation of a watcher that is busy ended with %v", err)
+	case <-quiet.C:
+		cancel()
+		<-guarded
+		settle(t, l, 7)
+	}
+	// What has come meanwhile may have been taken from the watcher already.
+	quiet.Reset(time.Second)
+	<-quiet.C
+	close(free)
+	if err := errors.Join(guard.Wait(), watcher.Wait()); err != nil {
+		t.Error(err)
+	}
+	if last == nil || !last.Done() || !t.Failed() && response(t, last).GetResult().GetExitCode() != 7 {
+		t.Errorf("the watcher saw %+v last, want the end", last)
+	}
+}
+
 // watchUntil watches until ctx or the operation ends.
 func watchUntil(ctx context.Context, c *broker.Client, operation string) error {
 	for _, err := range c.Watch(ctx, operation) {

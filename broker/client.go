@@ -31,8 +31,11 @@ type Config struct {
 	Heartbeat time.Duration
 	// MendAfter is the age at which a watcher suspects that a queued operation has no job.
 	MendAfter time.Duration
-	// Patience is how long an operation waits for a worker that can serve it while there are only others.
+	// Patience is how long an operation waits for a worker that can serve it while there are only others, and
+	// a tenth of that if no worker could within a week. A negative one refuses it at once.
 	Patience time.Duration
+	// PoolIdle is how long a pool stays that has no job.
+	PoolIdle time.Duration
 	// Abandoned is how long an operation goes on when nobody watches it.
 	Abandoned time.Duration
 	// Reconcile is how often one process of the farm looks for what others have left undone.
@@ -69,18 +72,21 @@ type Client struct {
 	mendAfter  time.Duration
 	patience   time.Duration
 	abandoned  time.Duration
+	poolIdle   time.Duration
 	reconciles time.Duration
 	metrics    *metrics
 
 	operations, jobs, held, flights, dead jetstream.Stream
-	pools, registry, leases               jetstream.KeyValue
+	pools, registry, leases, shapes       jetstream.KeyValue
 
 	// id names this process in the lease of the reconciler, which alone uses leading, the lease's revision.
 	id      string
 	leading uint64
 
 	view     view
+	keeper   poolKeeper
 	departed departures
+	busy     busy
 	holds    holds
 
 	mu  sync.Mutex
@@ -101,7 +107,7 @@ func New(cfg Config) (*Client, error) {
 		mendAfter: orDefault(cfg.MendAfter, DefaultMendAfter), patience: orDefault(cfg.Patience, DefaultPatience),
 		abandoned: orDefault(cfg.Abandoned, DefaultAbandoned), reconciles: orDefault(cfg.Reconcile, DefaultReconcile),
 		metrics: newMetrics(cfg.Registerer), id: newName(),
-		gap: make(chan struct{}),
+		poolIdle: orDefault(cfg.PoolIdle, DefaultPoolIdle), gap: make(chan struct{}),
 	}
 	c.view.init()
 	c.holds.init()

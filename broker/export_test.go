@@ -20,3 +20,6 @@ func (c *Client) Reconcile(ctx context.Context) error {
 
 // Busy is what the registry says of busy slots.
 func (q *Queue) Busy() int { return q.info().Busy }
+
+// Lanes is how many consumers a pool has.
+const Lanes = lanes

@@ -73,7 +73,9 @@ func TestJobsGoToWorkersThatOfferThePlatform(t *testing.T) {
 	}
 	settle(t, l, 0)
 
-	_, err := c.Submit(t.Context(), broker.Request{Action: action(3), Platform: must(broker.PlatformOf(asked("gpu=h100")))})
+	impatient := farm.ClientWith(t, broker.Config{Patience: -1})
+	eventually(t, "both workers known", func() bool { return len(impatient.Workers()) == 2 })
+	_, err := impatient.Submit(t.Context(), broker.Request{Action: action(3), Platform: must(broker.PlatformOf(asked("gpu=h100")))})
 	if !errors.Is(err, broker.ErrNoWorker) || !strings.Contains(err.Error(), `gpu`) || !strings.Contains(err.Error(), `"h100"`) {
 		t.Errorf("Submit for a platform that nobody offers = %v, want ErrNoWorker with the key and the value", err)
 	}
@@ -102,8 +104,8 @@ func TestTooManyPlatforms(t *testing.T) {
 			break
 		}
 	}
-	if !errors.Is(refused, broker.ErrInvalid) {
-		t.Errorf("40 platforms ended with %v, want ErrInvalid", refused)
+	if !errors.Is(refused, broker.ErrTooManyPools) {
+		t.Errorf("40 platforms ended with %v, want ErrTooManyPools", refused)
 	}
 }
 

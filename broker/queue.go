@@ -30,6 +30,8 @@ type Queue struct {
 	trouble  string              // guarded by mu; why the worker has taken itself out, or ""
 	turned   chan struct{}       // guarded by mu; closed and replaced when draining or trouble changes
 
+	shaped time.Time // guarded by mu; when this worker's platform was last remembered
+
 	sub *nats.Subscription // guarded by mu; of the inbox
 
 	// Next alone uses these.
@@ -125,6 +127,9 @@ func (q *Queue) register(ctx context.Context) {
 		ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 		defer cancel()
 		_, err = q.c.registry.Put(ctx, info.Name, value)
+		if err == nil {
+			err = q.remember(ctx)
+		}
 	}
 	if err != nil && ctx.Err() == nil {
 		q.c.log.WarnContext(ctx, "report to the worker registry", "worker", info.Name, "err", err)

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"github.com/nats-io/nats.go/jetstream"
@@ -131,6 +132,28 @@ func (c *Client) Why(op *Operation, before int) string {
 	return text
 }
 
+// explainAfter is how long an operation may wait without a word.
+const explainAfter = time.Second
+
+// Explain is Why for those who wait for the operation themselves, and "" while there is nothing to explain:
+// it is queued and has just come, and some worker can run it.
+func (c *Client) Explain(op *Operation) string {
+	if op.Done() || op.Stage == repb.ExecutionStage_EXECUTING {
+		return ""
+	}
+	if op.Note == "" && time.Since(op.Queued) < explainAfter && !c.view.isEmpty() && c.view.servable(op.Platform) == nil {
+		return ""
+	}
+	return c.Why(op, -1)
+}
+
+// isEmpty tells whether there is no worker.
+func (v *view) isEmpty() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.workers) == 0
+}
+
 func (c *Client) whyWaits(op *Operation, before int) string {
 	if len(c.view.live()) == 0 {
 		return "waits for a worker; there is none"
@@ -156,13 +179,4 @@ func (c *Client) whyWaits(op *Operation, before int) string {
 		text += fmt.Sprintf("; %d operations are before it in its lane", before)
 	}
 	return text
-}
-
-// serving returns the live workers that take jobs of a platform.
-func (v *view) serving(p Platform) []WorkerInfo {
-	workers := v.live()
-	declared := declaredBy(workers)
-	return slices.DeleteFunc(workers, func(w WorkerInfo) bool {
-		return w.Draining || w.Trouble != "" || len(w.Platform.missing(p, declared)) > 0
-	})
 }

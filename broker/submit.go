@@ -2,7 +2,6 @@ package broker
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -54,8 +53,8 @@ const flightGrace = 10 * time.Second
 
 // Submit queues an action and returns the name of its operation, or of an equal one in flight, which
 // runs for both. Once it returns a name, the operation ends in a terminal state whatever happens to
-// this process. The error wraps ErrInvalid, ErrNoWorker, ErrQueueFull or ErrUnavailable, or is
-// Confirm's.
+// this process. The error wraps ErrInvalid, ErrNoWorker, ErrTooManyPools, ErrQueueFull or
+// ErrUnavailable, or is Confirm's.
 func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
 	rec := newRecord(r)
 	joined, err := c.claim(ctx, rec, r)
@@ -94,13 +93,12 @@ func (c *Client) Execute(ctx context.Context, r Request) iter.Seq2[*Operation, e
 // claim does what comes before an operation is recorded: rec becomes the one in flight for its action,
 // or joined names the one that is.
 func (c *Client) claim(ctx context.Context, rec *record, r Request) (joined string, err error) {
-	if err := c.view.servable(r.Platform); err != nil {
-		return "", err
+	to := c.view.route(r.Platform)
+	if to.refused != nil && c.patienceFor(to) == 0 {
+		return "", to.refused
 	}
-	// What no worker declares does not choose between workers, and must not make a pool of its own.
-	platform := c.view.relevant(r.Platform)
-	rec.Pool = platform.pool()
-	if err := c.ensurePool(ctx, rec.Pool, platform); err != nil {
+	rec.Pool = to.poolName()
+	if err := c.ensurePool(ctx, rec.Pool, to.pool); err != nil {
 		return "", err
 	}
 	if joined, err := c.claimFlight(ctx, rec); err != nil || joined != "" {
@@ -138,10 +136,7 @@ func newRecord(r Request) *record {
 func (c *Client) enqueue(ctx context.Context, rec *record) (*Operation, error) {
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
-	queue := c.hold
-	if c.place(rec) {
-		queue = c.publishJob
-	}
+	queue := c.queueOf(rec)
 	revision, err := c.create(ctx, rec)
 	if err == nil {
 		job := *rec
@@ -235,8 +230,7 @@ func (c *Client) ring(ctx context.Context, job *record) {
 
 // mend repairs an operation that has lost its job: its submitter died between record and job, or the
 // broker lost the end of the queue in a power cut. It publishes the job again, which changes nothing
-// when there is one. An operation that no worker can serve, and that has waited for Config.Patience,
-// ends. A watcher calls it on its heartbeat.
+// when there is one. A watcher calls it on its heartbeat.
 func (c *Client) mend(ctx context.Context, op *Operation) {
 	if op.Done() || time.Since(op.Updated) < c.mendAfter {
 		return
@@ -245,12 +239,7 @@ func (c *Client) mend(ctx context.Context, op *Operation) {
 	if err != nil || r.done() {
 		return
 	}
-	if refused := c.view.servable(r.Platform); refused != nil && r.Stage == repb.ExecutionStage_QUEUED && time.Since(r.Queued) > c.patience {
-		if err := c.end(ctx, op.Name, code.Code_FAILED_PRECONDITION, refused.Error()); err != nil {
-			c.log.WarnContext(ctx, "end operation that nobody can serve", "operation", op.Name, "err", err)
-		}
-		return
-	}
+	c.checkPool(ctx, r)
 	if held, err := c.last(ctx, c.held, heldSubjectOf(r)); err == nil {
 		if c.submits {
 			c.adoptOne(ctx, held)
@@ -342,30 +331,6 @@ func (c *Client) releaseFlight(ctx context.Context, rec *record) {
 func isGone(err error) bool {
 	return errors.Is(err, jetstream.ErrMsgDeleteUnsuccessful) &&
 		(strings.Contains(err.Error(), "no message found") || strings.Contains(err.Error(), "message deleted"))
-}
-
-// ensurePool makes the consumers of a pool at its first use.
-func (c *Client) ensurePool(ctx context.Context, pool string, platform Platform) error {
-	if c.view.knows(pool) {
-		return nil
-	}
-	if n := c.view.poolCount(); n >= maxPools {
-		return fmt.Errorf("%w: platform %v would be one of over %d different ones that clients ask for; use fewer", ErrInvalid, platform, maxPools)
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
-	defer cancel()
-	if err := c.ensureConsumers(ctx, pool); err != nil {
-		return unavailable(err)
-	}
-	value, err := json.Marshal(platform)
-	if err != nil {
-		return fmt.Errorf("encode platform: %w", err)
-	}
-	if _, err := c.pools.Create(ctx, pool, value); err != nil && !errors.Is(err, jetstream.ErrKeyExists) {
-		return unavailable(err)
-	}
-	c.view.addPool(pool, platform)
-	return nil
 }
 
 // errUnchanged is returned by a change that finds nothing to do.

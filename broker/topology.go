@@ -19,6 +19,7 @@ const (
 	deadStream       = "DEAD"
 	poolsBucket      = "pools"
 	workersBucket    = "workers"
+	shapesBucket     = "shapes"
 
 	operationSubject = "jetfarm.op."
 	statusSubject    = "jetfarm.status."
@@ -149,6 +150,12 @@ func (c *Client) open(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("bucket %s: %w", leasesBucket, err)
 	}
+	c.shapes, err = c.js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
+		Bucket: shapesBucket, TTL: shapeTTL, Replicas: c.replicas,
+	})
+	if err != nil {
+		return fmt.Errorf("bucket %s: %w", shapesBucket, err)
+	}
 	return c.ensureConsumers(ctx, defaultPool)
 }
 
@@ -180,13 +187,16 @@ func (c *Client) Attach(ctx context.Context) error {
 	if err == nil {
 		c.registry, err = c.js.KeyValue(ctx, workersBucket)
 	}
+	if err == nil {
+		c.shapes, err = c.js.KeyValue(ctx, shapesBucket)
+	}
 	switch {
 	case errors.Is(err, jetstream.ErrStreamNotFound), errors.Is(err, jetstream.ErrBucketNotFound):
 		return fmt.Errorf("%w: %w", ErrNoFarm, err)
 	case err != nil:
 		return unavailable(cause(ctx, err))
 	}
-	return errors.Join(readAll(ctx, c.registry, c.view.sawWorker), readAll(ctx, c.pools, c.view.sawPool))
+	return errors.Join(readAll(ctx, c.registry, c.view.sawWorker), readAll(ctx, c.pools, c.view.sawPool), readAll(ctx, c.shapes, c.view.sawShape))
 }
 
 // readAll hands each entry of a bucket to see.

@@ -4,17 +4,13 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/errgroup"
-
-	"github.com/jetfarm/jetfarm/cas/digest"
 )
 
 // WorkerInfo is what a worker says of itself with each heartbeat.
@@ -44,7 +40,9 @@ const (
 type view struct {
 	mu      sync.Mutex
 	workers map[string]seenWorker // guarded by mu, by name
+	shapes  map[string]seenShape  // guarded by mu, by key in the bucket
 	pools   map[string]Platform   // guarded by mu, by pool
+	routes  routes                // guarded by mu; what follows from workers and shapes
 	changed chan struct{}         // guarded by mu; closed and replaced when pools or declared properties change
 }
 
@@ -55,17 +53,22 @@ type seenWorker struct {
 
 func (v *view) init() {
 	v.workers, v.pools, v.changed = map[string]seenWorker{}, map[string]Platform{defaultPool: nil}, make(chan struct{})
+	v.shapes = map[string]seenShape{}
 }
 
 // Run follows the registries of workers and pools, holds back jobs whose turn has not come, cancels
-// operations that their last watcher left in this process, and mends what other processes left undone, until
+// operations that their last watcher left in this process, removes pools that nobody has used for long, and
+// mends what other processes left undone, until
 // ctx ends. Without it a client knows no workers and only the pools that it has
 // made.
 func (c *Client) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return c.follow(ctx, c.registry, c.view.sawWorker) })
 	group.Go(func() error { return c.follow(ctx, c.pools, c.view.sawPool) })
+	group.Go(func() error { return c.follow(ctx, c.shapes, c.view.sawShape) })
+	group.Go(func() error { return c.sweepPools(ctx) })
 	group.Go(func() error { return c.cancelAbandoned(ctx) })
+	group.Go(func() error { return c.answerForBusy(ctx) })
 	group.Go(func() error { return c.reconcile(ctx) })
 	group.Go(func() error { return c.hearAdvisories(ctx) })
 	if c.submits {
@@ -132,9 +135,19 @@ func (v *view) sawWorker(entry jetstream.KeyValueEntry) {
 func (v *view) sawPool(entry jetstream.KeyValueEntry) {
 	var platform Platform
 	if entry.Operation() != jetstream.KeyValuePut || json.Unmarshal(entry.Value(), &platform) != nil {
+		v.dropPool(entry.Key())
 		return
 	}
 	v.addPool(entry.Key(), platform)
+}
+
+func (v *view) dropPool(pool string) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, known := v.pools[pool]; known && pool != defaultPool {
+		delete(v.pools, pool)
+		v.announce()
+	}
 }
 
 func (v *view) addPool(pool string, platform Platform) {
@@ -148,6 +161,7 @@ func (v *view) addPool(pool string, platform Platform) {
 
 // announce is called with mu held.
 func (v *view) announce() {
+	v.routes.reset()
 	close(v.changed)
 	v.changed = make(chan struct{})
 }
@@ -191,6 +205,7 @@ func (v *view) live() []WorkerInfo {
 	for name, w := range v.workers {
 		if time.Since(w.at) > workerTTL {
 			delete(v.workers, name)
+			v.routes.reset()
 			continue
 		}
 		workers = append(workers, w.info)
@@ -201,63 +216,3 @@ func (v *view) live() []WorkerInfo {
 
 // Workers returns the live workers, as far as Run has heard of them.
 func (c *Client) Workers() []WorkerInfo { return c.view.live() }
-
-// servable returns ErrNoWorker when there are live workers and none of them can serve p. Without
-// any worker an action waits for one.
-func (v *view) servable(p Platform) error {
-	workers := v.live()
-	if len(workers) == 0 || len(p) == 0 {
-		return nil
-	}
-	declared := declaredBy(workers)
-	var nearest WorkerInfo
-	var lacks []Property
-	for _, w := range workers {
-		missing := w.Platform.missing(p, declared)
-		if len(missing) == 0 {
-			return nil
-		}
-		if lacks == nil || len(missing) < len(lacks) {
-			nearest, lacks = w, missing
-		}
-	}
-	parts := make([]string, len(lacks))
-	for i, want := range lacks {
-		parts[i] = fmt.Sprintf("%s is %s, the action asks for %s", want.Name, nearest.Platform.values(want.Name), digest.Quote(want.Value))
-	}
-	return fmt.Errorf("%w; the nearest is %s: %s", ErrNoWorker, nearest.Name, strings.Join(parts, "; "))
-}
-
-// relevant returns the properties of p that some live worker declares, or p when there is none.
-func (v *view) relevant(p Platform) Platform {
-	workers := v.live()
-	if len(workers) == 0 {
-		return p
-	}
-	declared := declaredBy(workers)
-	return slices.DeleteFunc(slices.Clone(p), func(property Property) bool { return !declared[property.Name] })
-}
-
-func declaredBy(workers []WorkerInfo) map[string]bool {
-	declared := map[string]bool{}
-	for _, w := range workers {
-		w.Platform.names(declared)
-	}
-	return declared
-}
-
-// serves returns the pools that a worker with platform p takes jobs from, in a stable order, and a
-// channel that is closed when the answer may have changed.
-func (v *view) serves(self Platform) (pools []string, changed <-chan struct{}) {
-	declared := declaredBy(v.live())
-	self.names(declared)
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for pool, asked := range v.pools {
-		if len(self.missing(asked, declared)) == 0 {
-			pools = append(pools, pool)
-		}
-	}
-	slices.Sort(pools)
-	return pools, v.changed
-}

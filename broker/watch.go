@@ -48,7 +48,7 @@ func (c *Client) Watch(ctx context.Context, operation string) iter.Seq2[*Operati
 // follow yields op and what comes after it, or err.
 func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield func(*Operation, error) bool) {
 	for err == nil {
-		wanted := yield(op, nil)
+		wanted := w.hand(op, yield)
 		if op.Done() {
 			return
 		}
@@ -56,12 +56,24 @@ func (w *watcher) follow(ctx context.Context, op *Operation, err error, yield fu
 			w.c.departed.add(w.operation)
 			return
 		}
+		if w.behind {
+			w.behind = false
+			op, err = w.current(ctx)
+			continue
+		}
 		op, err = w.next(ctx, op)
 	}
 	if ctx.Err() != nil {
 		w.c.departed.add(w.operation)
 	}
 	yield(nil, err)
+}
+
+// hand yields a state, while others answer for the watcher.
+func (w *watcher) hand(op *Operation, yield func(*Operation, error) bool) bool {
+	w.c.busy.enter(w)
+	defer w.c.busy.leave(w)
+	return yield(op, nil)
 }
 
 // watcher follows one operation: one core NATS subscription and a buffer of watchBuffer messages, no
@@ -75,7 +87,10 @@ type watcher struct {
 	sub       *nats.Subscription
 	gap       <-chan struct{}
 	dropped   int
-	silent    bool // does not count as somebody who waits for the operation
+	silent    bool      // does not count as somebody who waits for the operation
+	refused   time.Time // since when no worker can serve the operation, or zero
+	moved     bool      // whether it was put into a pool since the last heartbeat, or that failed
+	behind    bool      // states came while it was busy, see busy.questions
 }
 
 // watcher subscribes. Whatever is stored after the server has seen the subscription arrives in
@@ -111,7 +126,7 @@ func (w *watcher) current(ctx context.Context) (*Operation, error) {
 // next waits for a state newer than last, or returns last's successor or last itself after a
 // heartbeat.
 func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error) {
-	heartbeat := time.NewTimer(w.c.heartbeat)
+	heartbeat := time.NewTimer(w.beat(last))
 	defer heartbeat.Stop()
 	for {
 		select {
@@ -125,6 +140,8 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 			if op != nil && op.Revision > last.Revision {
 				return op, nil
 			}
+		case <-w.stranded(last):
+			w.move(ctx, last)
 		case <-w.gap:
 			w.gap = w.c.gapped()
 			op, err := w.current(ctx)
@@ -134,6 +151,8 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 		case <-heartbeat.C:
 			op, err := w.current(ctx)
 			if err == nil {
+				w.moved = false
+				w.giveUp(ctx, op)
 				w.c.mend(ctx, op)
 			}
 			return op, err

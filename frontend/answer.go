@@ -7,6 +7,7 @@ import (
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -18,6 +19,7 @@ import (
 
 // answers makes the Operation messages that clients see. Operation.error is never set (row EXA-3).
 type answers struct {
+	broker *broker.Client
 	blobs  cas.Store
 	inline *inliner
 	limits Limits
@@ -26,7 +28,7 @@ type answers struct {
 // of returns the message for a broker's operation, with its response when it is done. The error wraps
 // errNotFound when the response was a blob that is gone.
 func (a *answers) of(ctx context.Context, op *broker.Operation, want wants) (*longrunningpb.Operation, error) {
-	meta := metadataOf(op)
+	meta := a.metadata(op)
 	if !op.Done() {
 		return message(op.Name, meta, nil)
 	}
@@ -99,8 +101,10 @@ func message(name string, meta *repb.ExecuteOperationMetadata, response *repb.Ex
 	return op, nil
 }
 
-func metadataOf(op *broker.Operation) *repb.ExecuteOperationMetadata {
-	return withLogs(&repb.ExecuteOperationMetadata{
+// metadata says where an operation is. Why one waits is a LocalizedMessage in the auxiliary metadata, the only
+// place that the API has for it.
+func (a *answers) metadata(op *broker.Operation) *repb.ExecuteOperationMetadata {
+	meta := &repb.ExecuteOperationMetadata{
 		Stage:          op.Stage,
 		ActionDigest:   op.Action.Proto(),
 		DigestFunction: op.Action.Space().Function().Proto(),
@@ -108,5 +112,12 @@ func metadataOf(op *broker.Operation) *repb.ExecuteOperationMetadata {
 			Worker:          op.Worker,
 			QueuedTimestamp: timestamppb.New(op.Queued),
 		},
-	}, op)
+	}
+	meta.StdoutStreamName, meta.StderrStreamName = logNames(op)
+	if why := a.broker.Explain(op); why != "" {
+		if packed, err := anypb.New(&errdetails.LocalizedMessage{Locale: "en", Message: clip(why)}); err == nil {
+			meta.PartialExecutionMetadata.AuxiliaryMetadata = []*anypb.Any{packed}
+		}
+	}
+	return meta
 }

@@ -385,9 +385,11 @@ func TestEXA_20_EXA_22_EXA_23_Platform(t *testing.T) {
 		}
 		return p
 	}
-	h := start(t)
+	farm := brokertest.Start(t)
+	impatient := farm.ClientWith(t, broker.Config{Patience: -1})
+	h := startOn(t, farm, func(c *frontend.Config) { c.Broker = impatient })
 	h.queue(t, broker.Property{Name: "pool", Value: "a"}, broker.Property{Name: "pool", Value: "c"})
-	eventually(t, "the worker is known", func() bool { return len(h.broker.Workers()) == 1 })
+	eventually(t, "the worker is known", func() bool { return len(impatient.Workers()) == 1 })
 	for row, test := range map[string]struct {
 		action, command *repb.Platform
 		served          bool

@@ -2,10 +2,12 @@ package frontend_test
 
 import (
 	"context"
+	"net/http"
 	"strings"
 	"testing"
 
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
+	remoteasset "github.com/bazelbuild/remote-apis/build/bazel/remote/asset/v1"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc/codes"
@@ -89,6 +91,67 @@ func TestInstancesThatAreServed(t *testing.T) {
 	}
 	if _, err := h.ops.ListOperations(t.Context(), &longrunningpb.ListOperationsRequest{}); err != nil {
 		t.Errorf("ListOperations, which names no instance: %v", err)
+	}
+}
+
+// The HTTP cache and the Remote Asset API serve the same instances as all else.
+func TestInstancesOfOtherProtocols(t *testing.T) {
+	r := startAssets(t, func(c *frontend.Config) { c.Instances = frontend.Instances{"main"}; c.AllowActionCacheUpdates = true })
+	content := []byte("content")
+	r.origin.set("/x", content)
+	uris := []string{r.origin.URL + "/x"}
+	d := space.Of(content).Proto()
+	calls := func(instance string) map[string]func() error {
+		return map[string]func() error{
+			"FetchBlob": func() error {
+				_, err := r.fetch.FetchBlob(t.Context(), &remoteasset.FetchBlobRequest{InstanceName: instance, Uris: uris})
+				return err
+			},
+			"FetchDirectory": func() error {
+				_, err := r.fetch.FetchDirectory(t.Context(), &remoteasset.FetchDirectoryRequest{InstanceName: instance, Uris: uris})
+				return err
+			},
+			"PushBlob": func() error {
+				_, err := r.push.PushBlob(t.Context(), &remoteasset.PushBlobRequest{InstanceName: instance, Uris: uris, BlobDigest: d})
+				return err
+			},
+			"PushDirectory": func() error {
+				_, err := r.push.PushDirectory(t.Context(), &remoteasset.PushDirectoryRequest{InstanceName: instance, Uris: uris, RootDirectoryDigest: d})
+				return err
+			},
+		}
+	}
+	for _, instance := range []string{"", "other"} {
+		for call, do := range calls(instance) {
+			t.Run("GEN-2 "+call+" of "+name(instance), func(t *testing.T) {
+				before := r.origin.requests.Load()
+				wantCode(t, call, do(), codes.InvalidArgument, "instance name \""+instance+"\"")
+				if r.origin.requests.Load() != before {
+					t.Error("the origin was asked")
+				}
+			})
+		}
+	}
+	for call, do := range calls("main") {
+		if err := do(); err != nil && strings.Contains(err.Error(), "is not served") {
+			t.Errorf("%s: %v, want it served", call, err)
+		}
+	}
+	s := r.serveHTTP(t)
+	for _, store := range []string{"cas", "ac"} {
+		for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPut} {
+			t.Run("GEN-2 "+method+" "+store, func(t *testing.T) {
+				path := "/" + store + "/" + d.GetHash()
+				for _, instance := range []string{"", "/other"} {
+					if a := ask(t, method, s.URL+instance+path, content); a.status != http.StatusBadRequest {
+						t.Errorf("%s: status %d %q, want that of a wrong request", instance+path, a.status, a.body)
+					}
+				}
+				if a := ask(t, method, s.URL+"/main"+path, content); strings.Contains(string(a.body), "is not served") {
+					t.Errorf("/main%s: status %d %q", path, a.status, a.body)
+				}
+			})
+		}
 	}
 }
 

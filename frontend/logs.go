@@ -11,8 +11,6 @@ import (
 
 	"google.golang.org/genproto/googleapis/bytestream"
 
-	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
-
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/cas"
 	"github.com/jetfarm/jetfarm/cas/digest"
@@ -164,10 +162,4 @@ func (l *logs) rest(ctx context.Context, op *broker.Operation, stream broker.Log
 	_, err = io.Copy(sink, r)
 	r.Close() //nolint:errcheck // the output has been sent, or the call has failed already
 	return onRead(err)
-}
-
-// withLogs names the outputs of an operation in its metadata.
-func withLogs(meta *repb.ExecuteOperationMetadata, op *broker.Operation) *repb.ExecuteOperationMetadata {
-	meta.StdoutStreamName, meta.StderrStreamName = logNames(op)
-	return meta
 }

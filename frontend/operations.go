@@ -63,7 +63,7 @@ func (o *operations) ListOperations(ctx context.Context, req *longrunningpb.List
 // summary is an operation without its result. A response that is a blob is not read for a listing.
 func (o *operations) summary(ctx context.Context, op *broker.Operation) (*longrunningpb.Operation, error) {
 	if !op.Done() {
-		return message(op.Name, metadataOf(op), nil)
+		return message(op.Name, o.answers.metadata(op), nil)
 	}
 	short := &repb.ExecuteResponse{Message: "GetOperation returns the result"}
 	if op.ResponseBlob.IsZero() {
@@ -79,7 +79,7 @@ func (o *operations) summary(ctx context.Context, op *broker.Operation) (*longru
 			short.Status.Message = clip(short.GetStatus().GetMessage())
 		}
 	}
-	return message(op.Name, metadataOf(op), short)
+	return message(op.Name, o.answers.metadata(op), short)
 }
 
 // CancelOperation ends an operation for all who wait for it; one that is done stays as it is.

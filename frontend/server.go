@@ -95,7 +95,7 @@ func New(cfg Config) *Server {
 func (s *Server) register() {
 	cfg, limits := s.cfg, s.cfg.Limits
 	in := &inliner{blobs: cfg.Blobs, limits: limits}
-	ans := &answers{blobs: cfg.Blobs, inline: in, limits: limits}
+	ans := &answers{broker: cfg.Broker, blobs: cfg.Blobs, inline: in, limits: limits}
 	repb.RegisterCapabilitiesServer(s.grpc, &capabilities{
 		limits: limits, updates: cfg.AllowActionCacheUpdates, execute: cfg.ExecEnabled, chunks: cfg.Chunks,
 	})

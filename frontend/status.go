@@ -81,6 +81,7 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{cas.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrQueueFull, codes.ResourceExhausted, true},
+	{broker.ErrTooManyPools, codes.ResourceExhausted, true},
 	{errDownloads, codes.ResourceExhausted, true},
 	{cas.ErrFull, codes.ResourceExhausted, false},
 	{cas.ErrNotKept, codes.InvalidArgument, false},

@@ -59,6 +59,7 @@ func TestErrorMapping(t *testing.T) {
 		{broker.ErrNotFound, codes.NotFound, false},
 		{frontend.ErrDownloads, codes.ResourceExhausted, true},
 		{broker.ErrQueueFull, codes.ResourceExhausted, true},
+		{broker.ErrTooManyPools, codes.ResourceExhausted, true},
 		{broker.ErrUnavailable, codes.Unavailable, true},
 		{broker.ErrNoWorker, codes.FailedPrecondition, false},
 		{broker.ErrLost, codes.Unavailable, true},

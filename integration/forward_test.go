@@ -4,6 +4,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -13,7 +14,8 @@ type forwarder struct {
 	listener net.Listener
 	targets  []string
 	open     sync.WaitGroup
-	mu       sync.Mutex // guards what follows
+	passed   atomic.Int64 // bytes, both ways
+	mu       sync.Mutex   // guards what follows
 	conns    map[net.Conn]bool
 	closed   bool
 	stalled  chan struct{} // closed when bytes pass again; nil while they do
@@ -78,6 +80,7 @@ type gated struct {
 
 func (g *gated) Read(p []byte) (int, error) {
 	n, err := g.Reader.Read(p)
+	g.forwarder.passed.Add(int64(n))
 	g.forwarder.mu.Lock()
 	stalled := g.forwarder.stalled
 	g.forwarder.mu.Unlock()

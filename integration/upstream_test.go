@@ -3,6 +3,7 @@ package integration_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"strconv"
 	"testing"
 	"time"
@@ -115,5 +116,40 @@ func TestUpstream(t *testing.T) {
 	got.Reset()
 	if err := c.read(t.Context(), d, &got); err != nil || !bytes.Equal(got.Bytes(), blob) {
 		t.Errorf("reading with a dead upstream: %d bytes of %d, error %v", got.Len(), len(blob), err)
+	}
+}
+
+// Two farms send each other what gets smaller as zstd, whatever their clients do.
+func TestZstdBetweenFarms(t *testing.T) {
+	back := startBehind(t, "back", dataDir(t), "--action-cache-updates")
+	link := startForwarder(t, back.field(t, "grpc"))
+	front := startBehind(t, "front", dataDir(t), "--upstream", "grpc://"+link.addr())
+	c, behind := dial(t, front.field(t, "grpc")), dial(t, back.field(t, "grpc"))
+	for _, size := range []int{100 << 10, 8 << 20} {
+		text := func(of string) []byte { return bytes.Repeat([]byte(of+" is written and read\n"), size/32) }
+		given, there := text(fmt.Sprint("given ", size)), text(fmt.Sprint("there ", size))
+		before := link.passed.Load()
+		if err := c.write(t.Context(), digestOf(given), given); err != nil {
+			t.Fatal(err)
+		}
+		soon(t, "the blob at the upstream", func(ctx context.Context) bool { return !behind.missing(ctx, digestOf(given)) })
+		if n := link.passed.Load() - before; n == 0 || n > int64(len(given))/4 {
+			t.Errorf("to give %d bytes took %d on the wire", len(given), n)
+		}
+		if err := behind.write(t.Context(), digestOf(there), there); err != nil {
+			t.Fatal(err)
+		}
+		before = link.passed.Load()
+		var got bytes.Buffer
+		if err := c.read(t.Context(), digestOf(there), &got); err != nil || !bytes.Equal(got.Bytes(), there) {
+			t.Errorf("reading through: %d bytes of %d, %v", got.Len(), len(there), err)
+		}
+		if n := link.passed.Load() - before; n == 0 || n > int64(len(there))/4 {
+			t.Errorf("to get %d bytes took %d on the wire", len(there), n)
+		}
+		got.Reset()
+		if err := behind.read(t.Context(), digestOf(given), &got); err != nil || !bytes.Equal(got.Bytes(), given) {
+			t.Errorf("reading at the upstream: %d bytes of %d, %v", got.Len(), len(given), err)
+		}
 	}
 }

@@ -3,6 +3,7 @@ package app
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/prometheus/client_golang/prometheus"
@@ -25,6 +26,7 @@ type farm struct {
 // farmConfig is what roles want of what they share. Zero keeps what is there.
 type farmConfig struct {
 	replicas     int
+	patience     time.Duration
 	actionBytes  int64 // bound on the action cache
 	actionMemory int64 // bound on what of it is in memory; 0 is none
 	compression  objectstore.Compression
@@ -58,7 +60,7 @@ func (f *farm) open(ctx context.Context, p *process, to broker.ConnectConfig, cf
 		f.connections = append(f.connections, nc)
 	}
 	f.client, err = broker.New(broker.Config{
-		Conn: f.connections[0], Replicas: cfg.replicas, Submits: cfg.submits, MaxTenant: cfg.maxTenant, Log: p.log, Registerer: f.metrics,
+		Conn: f.connections[0], Replicas: cfg.replicas, Patience: cfg.patience, Submits: cfg.submits, MaxTenant: cfg.maxTenant, Log: p.log, Registerer: f.metrics,
 	})
 	if err != nil {
 		return err

@@ -70,7 +70,7 @@ type natsFlags struct {
 // executionFlags are those of a role that executes actions.
 type executionFlags struct {
 	Concurrency    int           `help:"Actions that run at once." default:"${cpus}"`
-	Platform       []string      `help:"A platform property that this worker offers; repeat it for more." placeholder:"KEY=VALUE" sep:"none"`
+	Platform       []string      `help:"A platform property that this worker offers, or with <= a number up to which actions may ask for it; repeat it for more." placeholder:"KEY=VALUE" sep:"none"`
 	Isolation      string        `help:"How actions are kept apart: ${enum}. auto takes the strongest that works here." enum:"auto,namespaces,uid,none" default:"auto"`
 	DrainTimeout   time.Duration `help:"How long running actions may go on after SIGTERM; what is left then runs on another worker." default:"30s"`
 	DiskCache      size          `help:"Bytes of input files kept on this machine's disk." default:"10GiB"`
@@ -93,11 +93,17 @@ func (f *executionFlags) validate() (broker.Platform, error) {
 		errs = append(errs, fmt.Errorf("--disk-cache %d bytes is less than %s", f.DiskCache, humanize.IBytes(uint64(minDiskCache))))
 	}
 	platform, err := broker.ParsePlatform(f.Platform)
+	if err == nil && !platform.Declares(osFamily) {
+		platform, err = broker.ParsePlatform(append([]string{osFamily + "=" + runtime.GOOS}, f.Platform...))
+	}
 	if err := errors.Join(append(errs, err)...); err != nil {
 		return nil, run.UsageError{Err: err}
 	}
 	return platform, nil
 }
+
+// osFamily is the property that every worker has, so that no action for another system runs on it.
+const osFamily = "OSFamily"
 
 const (
 	maxConcurrency = 1024
@@ -107,14 +113,15 @@ const (
 // serveFlags are those of a role that serves the API.
 type serveFlags struct {
 	compressionFlags   `embed:""`
-	GRPC               string   `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
-	ActionCacheUpdates bool     `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
-	HTTPOpaqueResults  bool     `name:"http-opaque-results" help:"Let clients of the HTTP cache keep values below /ac/ that are no ActionResult, as ccache does." default:"false"`
-	ACSize             size     `name:"ac-size" help:"Most bytes of action results; those that were not used for the longest time give way." default:"1GiB" env:"JETFARM_AC_SIZE"`
-	MaxQueued          int64    `name:"max-queued" help:"Most operations of one instance name that wait for their turn, in the whole farm; more are refused with RESOURCE_EXHAUSTED." default:"100000" env:"JETFARM_MAX_QUEUED"`
-	ExecuteRate        int      `name:"execute-rate" help:"Most Execute calls per second that this process takes; more are refused with RESOURCE_EXHAUSTED." default:"20000" env:"JETFARM_EXECUTE_RATE"`
-	ChunkSize          size     `name:"chunk-size" help:"Average size of the chunks into which clients that ask for it split large blobs, a power of two from 1KiB to 8MiB. Chunks are stored beside the blobs. 0 offers no chunks." default:"512KiB"`
-	Instance           []string `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
+	GRPC               string        `name:"grpc" help:"Address of the Remote Execution API." default:"127.0.0.1:8980" env:"JETFARM_GRPC"`
+	ActionCacheUpdates bool          `help:"Let clients write the action cache. Every client then believes what any client writes." default:"false"`
+	HTTPOpaqueResults  bool          `name:"http-opaque-results" help:"Let clients of the HTTP cache keep values below /ac/ that are no ActionResult, as ccache does." default:"false"`
+	ACSize             size          `name:"ac-size" help:"Most bytes of action results; those that were not used for the longest time give way." default:"1GiB" env:"JETFARM_AC_SIZE"`
+	MaxQueued          int64         `name:"max-queued" help:"Most operations of one instance name that wait for their turn, in the whole farm; more are refused with RESOURCE_EXHAUSTED." default:"100000" env:"JETFARM_MAX_QUEUED"`
+	ExecuteRate        int           `name:"execute-rate" help:"Most Execute calls per second that this process takes; more are refused with RESOURCE_EXHAUSTED." default:"20000" env:"JETFARM_EXECUTE_RATE"`
+	ChunkSize          size          `name:"chunk-size" help:"Average size of the chunks into which clients that ask for it split large blobs, a power of two from 1KiB to 8MiB. Chunks are stored beside the blobs. 0 offers no chunks." default:"512KiB"`
+	Patience           time.Duration `help:"How long an action waits for a worker that can run it while there are only others, and a tenth of that if there was none within a week. 0 fails it at once." default:"5m"`
+	Instance           []string      `help:"An instance name that is served; repeat it for more, with an empty one for clients that give none. Default: every name, each with blobs and results of its own." placeholder:"NAME" sep:"none"`
 }
 
 const (
@@ -127,9 +134,17 @@ const (
 // farm is what a role that serves the API wants of the farm.
 func (f *serveFlags) farm(replicas int) farmConfig {
 	return farmConfig{
-		replicas: replicas, actionBytes: int64(f.ACSize), actionMemory: actionMemory, compression: f.CASCompression,
+		replicas: replicas, patience: f.patience(), actionBytes: int64(f.ACSize), actionMemory: actionMemory, compression: f.CASCompression,
 		submits: true, maxTenant: f.MaxQueued,
 	}
+}
+
+// patience is what the broker's client calls it.
+func (f *serveFlags) patience() time.Duration {
+	if f.Patience == 0 {
+		return -1
+	}
+	return f.Patience
 }
 
 // chunks are the parameters of chunks, or nil.
@@ -152,6 +167,9 @@ func (f *serveFlags) checkSizes() error {
 	}
 	if f.ExecuteRate < 1 {
 		return run.UsageError{Err: fmt.Errorf("--execute-rate %d is not positive", f.ExecuteRate)}
+	}
+	if f.Patience < 0 {
+		return run.UsageError{Err: fmt.Errorf("--patience %v is negative", f.Patience)}
 	}
 	if f.ACSize < minACSize {
 		return run.UsageError{Err: fmt.Errorf("--ac-size %d bytes is less than %s", f.ACSize, humanize.IBytes(uint64(minACSize)))}
