@@ -155,7 +155,7 @@ func (w *wire) close() {
 // Through a hole comes nothing, neither bytes nor ends; what lost something is reset after it, and new
 // connections work.
 func TestWireSwallows(t *testing.T) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -177,7 +177,7 @@ func TestWireSwallows(t *testing.T) {
 	defer listener.Close()
 	w := startWire(t, listener.Addr().String())
 	send := func(texts ...string) net.Conn {
-		conn, err := net.Dial("tcp", w.addr())
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", w.addr())
 		if err != nil {
 			t.Fatal(err)
 		}
