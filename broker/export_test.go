@@ -23,3 +23,14 @@ func (q *Queue) Busy() int { return q.info().Busy }
 
 // Lanes is how many consumers a pool has.
 const Lanes = lanes
+
+// Adopt takes over what dead holders held, as far as a holder looks for that now and then.
+func (c *Client) Adopt(ctx context.Context) { c.adopt(ctx, false) }
+
+// Widen lets n jobs into each lane of the default pool until the next beat.
+func (c *Client) Widen(n int) {
+	c.holds.mu.Lock()
+	c.holds.pools[defaultPool].window = n
+	c.holds.mu.Unlock()
+	c.holds.poke()
+}

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"container/heap"
+	"maps"
 	"slices"
 )
 
@@ -9,10 +10,11 @@ import (
 // and within a build the lower priority value goes first, then the earlier job. Each step costs the
 // logarithm of what one build has waiting, whatever else waits. It is not safe for concurrent use.
 type fairQueue struct {
-	turns turns[*tenantQueue]
-	named map[string]*tenantQueue
-	size  int
-	last  uint64
+	turns  turns[*tenantQueue]
+	named  map[string]*tenantQueue
+	size   int
+	builds int // that have something waiting
+	last   uint64
 }
 
 // flow is who a job waits for: a build, which is one invocation of a client or several that say they
@@ -33,9 +35,10 @@ type waiting struct {
 }
 
 type tenantQueue struct {
-	name  string
-	turns turns[*buildQueue]
-	named map[string]*buildQueue
+	name   string
+	turns  turns[*buildQueue]
+	named  map[string]*buildQueue
+	builds int // that have something waiting; the others are dropped when it is their turn
 }
 
 type buildQueue struct {
@@ -63,19 +66,44 @@ func (q *fairQueue) push(w *waiting) {
 	q.last++
 	w.arrived = q.last
 	heap.Push(&build.jobs, w)
-	build.size++
+	if build.size++; build.size == 1 {
+		q.count(tenant, 1)
+	}
 	q.size++
 }
 
-// remove takes a job out that is in the queue.
+// remove takes a job out that is in the queue. What stays of it is skipped when its turn comes, or dropped
+// when there is more of that than of what waits: nobody knows when a turn comes.
 func (q *fairQueue) remove(w *waiting) {
 	w.gone, w.payload = true, nil
 	q.size--
 	tenant := q.named[w.flow.tenant]
 	build := tenant.named[w.flow.build]
 	if build.size--; build.size == 0 {
-		build.jobs = nil // its turn finds it empty
+		build.jobs = nil
+		q.count(tenant, -1)
 	}
+	if len(build.jobs) > maxLeftovers+2*build.size {
+		build.jobs = slices.DeleteFunc(build.jobs, func(w *waiting) bool { return w.gone })
+		heap.Init(&build.jobs)
+	}
+	if len(tenant.named) > maxLeftovers+2*tenant.builds {
+		tenant.turns.drop(func(b *buildQueue) bool { return b.size == 0 })
+		maps.DeleteFunc(tenant.named, func(_ string, b *buildQueue) bool { return b.size == 0 })
+	}
+	if len(q.named) > maxLeftovers+2*q.builds {
+		q.turns.drop(func(t *tenantQueue) bool { return t.builds == 0 })
+		maps.DeleteFunc(q.named, func(_ string, t *tenantQueue) bool { return t.builds == 0 })
+	}
+}
+
+// maxLeftovers is how much of what was removed may stay in any case.
+const maxLeftovers = 16
+
+// count notes that a build of a tenant has got its first job or lost its last.
+func (q *fairQueue) count(tenant *tenantQueue, n int) {
+	tenant.builds += n
+	q.builds += n
 }
 
 // pop returns whose turn it is, or nil when nothing waits.
@@ -85,7 +113,9 @@ func (q *fairQueue) pop() *waiting {
 		if !ok {
 			return nil
 		}
+		before := tenant.builds
 		w := tenant.pop()
+		q.builds += tenant.builds - before
 		if w != nil {
 			q.size--
 		}
@@ -112,6 +142,9 @@ func (t *tenantQueue) pop() *waiting {
 		} else {
 			delete(t.named, build.name)
 		}
+		if w != nil && build.size == 0 {
+			t.builds--
+		}
 		if w != nil {
 			return w
 		}
@@ -127,15 +160,6 @@ func (b *buildQueue) pop() *waiting {
 		}
 	}
 	return nil
-}
-
-// builds counts those that have something waiting.
-func (q *fairQueue) builds() int {
-	n := 0
-	for _, tenant := range q.named {
-		n += len(tenant.named)
-	}
-	return n
 }
 
 // turns is a first-in first-out list.
@@ -159,6 +183,11 @@ func (t *turns[T]) next() (v T, ok bool) {
 	v, t.out[last] = t.out[last], none
 	t.out = t.out[:last]
 	return v, true
+}
+
+// drop takes out what gone tells of.
+func (t *turns[T]) drop(gone func(T) bool) {
+	t.in, t.out = slices.DeleteFunc(t.in, gone), slices.DeleteFunc(t.out, gone)
 }
 
 // jobHeap orders the jobs of a build.

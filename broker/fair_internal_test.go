@@ -23,13 +23,13 @@ func TestFairQueueTakesTurns(t *testing.T) {
 	if taken[flow{"b", "only"}] != 10 || taken[flow{"a", "small"}] != 10 || taken[flow{"a", "huge"}] != 20 {
 		t.Errorf("of 40 turns %v", taken)
 	}
-	if q.size != 980 || q.builds() != 1 {
-		t.Errorf("%d jobs of %d builds are left, want 980 of 1", q.size, q.builds())
+	if q.size != 980 || q.builds != 1 {
+		t.Errorf("%d jobs of %d builds are left, want 980 of 1", q.size, q.builds)
 	}
 	for range 980 {
 		q.pop()
 	}
-	if w := q.pop(); w != nil || q.size != 0 || q.builds() != 0 || len(q.named) != 0 {
+	if w := q.pop(); w != nil || q.size != 0 || q.builds != 0 || len(q.named) != 0 {
 		t.Errorf("an empty queue gives %v and counts %d", w, q.size)
 	}
 }
@@ -70,8 +70,30 @@ func TestFairQueueForgetsWhatIsRemoved(t *testing.T) {
 		}
 		n++
 	}
-	if n != 31 || q.size != 0 || q.builds() != 0 {
+	if n != 31 || q.size != 0 || q.builds != 0 {
 		t.Errorf("%d jobs were given out, %d are left, want 31 and 0", n, q.size)
+	}
+}
+
+// TestFairQueueKeepsNothingOfWhatIsRemoved although no turn comes.
+func TestFairQueueKeepsNothingOfWhatIsRemoved(t *testing.T) {
+	var q fairQueue
+	first := &waiting{flow: flow{tenant: "a", build: "a"}}
+	q.push(first)
+	for i := range 10_000 {
+		for _, f := range []flow{{"a", "a"}, {"a", fmt.Sprint(i)}, {fmt.Sprint(i), "a"}} {
+			w := &waiting{flow: f, priority: 1}
+			q.push(w)
+			q.remove(w)
+		}
+	}
+	a := q.named["a"]
+	if len(q.named) > 100 || len(q.turns.in)+len(q.turns.out) > 100 || len(a.named) > 100 || len(a.turns.in)+len(a.turns.out) > 100 || len(a.named["a"].jobs) > 100 {
+		t.Errorf("one job waits, and there are %d tenants with %d turns, %d builds and %d jobs",
+			len(q.named), len(q.turns.in), len(a.named), len(a.named["a"].jobs))
+	}
+	if q.size != 1 || q.builds != 1 || q.pop() != first || q.pop() != nil || q.builds != 0 || len(q.named) != 0 {
+		t.Errorf("%d jobs of %d builds are left", q.size, q.builds)
 	}
 }
 

@@ -18,7 +18,7 @@ import (
 // is a message in the stream HELD, so it outlives the process, and an entry in memory that says whose
 // turn it is. A worker that takes a job tells the holder, who lets the next one in.
 //
-// When a holder dies, others take its jobs over (adopt.go). Nothing here decides whether a job runs, or
+// When a holder dies, others take its jobs over (letin.go). Nothing here decides whether a job runs, or
 // runs once: a job that is let in twice is refused by the queue, and one that was let in although its
 // operation has ended is dropped by the worker that gets it.
 
@@ -46,6 +46,9 @@ type holds struct {
 	tenants map[string]int         // guarded by mu; how many of held each has
 	peers   map[string]holderState // guarded by mu, by name; what other holders have said
 	said    bool                   // guarded by mu; whether the others have heard of something held
+	beaten  time.Time              // guarded by mu; the last beat
+
+	look uint64 // where in HELD adopt goes on, which alone uses it
 }
 
 // poolHolds is what is held of one pool and let into its lanes.
@@ -56,24 +59,20 @@ type poolHolds struct {
 
 type laneHolds struct {
 	queue fairQueue
-	in    map[string]time.Time // operations that were let in and not yet taken
-	took  time.Time            // when that last changed
+	in    map[string]entered // operations that were let in and not yet taken
+	asked time.Time          // when the broker was last asked about them
+}
+
+// entered is a job that was let in.
+type entered struct {
+	at       time.Time
+	sequence uint64 // in JOBS, or 0 until the broker has confirmed it
 }
 
 // bucket is what a build has left of its burst.
 type bucket struct {
 	tokens int
 	at     time.Time
-}
-
-// holderState is what a holder says of itself on flowsSubject.
-type holderState struct {
-	Holder string `json:"holder"`
-	// Builds counts those that have something held, by pool.
-	Builds map[string]int `json:"builds,omitempty"`
-	// Tenants counts held jobs.
-	Tenants map[string]int `json:"tenants,omitempty"`
-	at      time.Time
 }
 
 func (h *holds) init() {
@@ -99,39 +98,12 @@ func (c *Client) poolHolds(pool string) *poolHolds {
 	if p == nil {
 		p = &poolHolds{}
 		for lane := range p.lanes {
-			p.lanes[lane].in = map[string]time.Time{}
+			p.lanes[lane].in = map[string]entered{}
 		}
 		c.holds.pools[pool] = p
 		p.window = c.windowOf(pool, p)
 	}
 	return p
-}
-
-// windowOf returns how many jobs this process may have in each lane of a pool: its share of what the pool
-// needs, by the builds that have something held. It is called with mu held.
-func (c *Client) windowOf(pool string, p *poolHolds) int {
-	slots := 0
-	for _, w := range c.view.serving(c.view.platform(pool)) {
-		slots += w.Slots
-	}
-	window := spareJobs + slots/slotsPerSpare
-	others := 0
-	for _, peer := range c.holds.peers {
-		others += peer.Builds[pool]
-	}
-	if others == 0 {
-		return window
-	}
-	mine := max(1, p.builds())
-	return max(1, (window*mine+mine+others-1)/(mine+others))
-}
-
-func (p *poolHolds) builds() int {
-	n := 0
-	for lane := range p.lanes {
-		n += p.lanes[lane].queue.builds()
-	}
-	return n
 }
 
 // place decides the lane of a new job and whether it may go there at once.
@@ -152,8 +124,30 @@ func (c *Client) place(r *record) (now bool) {
 	if l.queue.size > 0 || len(l.in) >= p.window {
 		return false
 	}
-	l.in[r.Operation], l.took = time.Now(), time.Now()
+	l.in[r.Operation] = entered{at: time.Now()}
 	return true
+}
+
+// noteStored notes where in JOBS a job is that was let in. The sequence is 0 when it had been there before: it does
+// not count then, since somebody else may hear when it is taken.
+func (h *holds) noteStored(r *record, sequence uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	p := h.pools[r.Pool]
+	if p == nil || r.Lane < 0 || r.Lane >= lanes {
+		return
+	}
+	l := &p.lanes[r.Lane]
+	job, in := l.in[r.Operation]
+	switch {
+	case !in || job.sequence > 0:
+	case sequence > 0:
+		job.sequence = sequence
+		l.in[r.Operation] = job
+	default:
+		delete(l.in, r.Operation)
+		h.poke()
+	}
 }
 
 // spend takes one of what a build has left of its burst. It is called with mu held.
@@ -215,6 +209,13 @@ func (c *Client) hold(ctx context.Context, job *record) error {
 	return nil
 }
 
+// isHeld tells whether an operation waits in this process for its turn.
+func (h *holds) isHeld(operation string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.held[operation] != nil
+}
+
 // queueHeld makes a job that is stored in HELD wait for its turn, unless it does already.
 func (c *Client) queueHeld(w *waiting) {
 	h := &c.holds
@@ -228,9 +229,11 @@ func (c *Client) queueHeld(w *waiting) {
 }
 
 // poke makes Run look whether jobs can be let in.
-func (h *holds) poke() {
+func (h *holds) poke() { poke(h.wake) }
+
+func poke(wake chan struct{}) {
 	select {
-	case h.wake <- struct{}{}:
+	case wake <- struct{}{}:
 	default:
 	}
 }
@@ -279,11 +282,7 @@ func (h *holds) taken(payload []byte) {
 	if p == nil || len(rest) < 2 || rest[0] < '0' || rest[0] >= '0'+lanes {
 		return
 	}
-	l := &p.lanes[rest[0]-'0']
-	if _, ok := l.in[rest[2:]]; ok {
-		delete(l.in, rest[2:])
-		l.took = time.Now()
-	}
+	delete(p.lanes[rest[0]-'0'].in, rest[2:])
 }
 
 // tellHolder lets the holder of a job know that it was taken. Losing that costs a moment.

@@ -1,9 +1,7 @@
 package broker
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"slices"
 	"time"
@@ -17,16 +15,17 @@ const (
 	// holdBeat is how often a holder says what it holds, and peerTTL how long it counts after that.
 	holdBeat = time.Second
 	peerTTL  = 10 * time.Second
-	// lostAfter is how long nothing may be taken from a lane before the broker is asked how many of its
-	// jobs are still there: news of a taken job may be lost.
+	// lostAfter is how long a job may be in a lane before the broker is asked whether it is still there: news of a
+	// taken job may be lost.
 	lostAfter = 2 * time.Second
 	// releasers bounds the jobs that are let in at the same time.
 	releasers = 32
-	// maxTenants bounds the tenants that a holder names to the others, those with the most jobs first.
-	maxTenants = 100
-	// A holder looks for jobs of dead ones firstAdoption beats after its start, when it has heard who
-	// lives, when one falls silent, and every adoptEvery beats.
-	firstAdoption, adoptEvery = 3, 30
+	// A holder looks at all that is held firstAdoption after its start, when it has heard who lives, and when
+	// one leaves or falls silent. At the next maxLook it looks every adoptEvery beats: nobody may have heard
+	// of one that died.
+	firstAdoption = 3 * holdBeat
+	adoptEvery    = 10
+	maxLook       = 1000
 )
 
 // holdBack lets held jobs in as their turn comes, takes over those of holders that are gone, and tells
@@ -41,20 +40,22 @@ func (c *Client) holdBack(ctx context.Context) error {
 		}
 		defer sub.Unsubscribe() //nolint:errcheck // of a connection that is closed nothing is left
 	}
-	var releasing, checking errgroup.Group
+	var releasing errgroup.Group
 	releasing.SetLimit(releasers)
-	checking.SetLimit(1)
-	defer checking.Wait()  //nolint:errcheck // gives no errors
+	care := newCaretaker(c)
+	defer c.leave(ctx)
+	defer care.wait()
 	defer releasing.Wait() //nolint:errcheck // gives no errors
 	ticker := time.NewTicker(holdBeat)
 	defer ticker.Stop()
-	silent := false
-	for beats := 1; ; {
+	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case m := <-said:
-			h.heard(m.Data)
+			if h.heard(m.Data) {
+				care.look = time.Now()
+			}
 			continue
 		case m := <-took:
 			h.taken(m.Data)
@@ -63,16 +64,64 @@ func (c *Client) holdBack(ctx context.Context) error {
 			}
 		case <-h.wake:
 		case <-ticker.C:
-			silent = c.beat(ctx) || silent
-			all, some := silent || beats == firstAdoption, beats%adoptEvery == 0
-			if checking.TryGo(func() error { c.recount(ctx); c.adopt(ctx, all, some); return nil }) {
-				silent = false
-				beats++
-			}
+			care.beat(ctx)
+		}
+		if !c.nc.IsConnected() {
+			continue // nothing can be let in, and turns would be lost
 		}
 		for _, w := range h.due() {
+			if ctx.Err() != nil {
+				return nil // the others are in HELD
+			}
 			releasing.Go(func() error { c.release(ctx, w); return nil })
 		}
+	}
+}
+
+// caretaker is what a holder does with every beat, beside letting jobs in.
+type caretaker struct {
+	c                  *Client
+	counting, adopting errgroup.Group // of one each
+	beats              int
+	look               time.Time     // when all that is held has to be looked through, or zero
+	failed             chan struct{} // a look has failed
+}
+
+func newCaretaker(c *Client) *caretaker {
+	t := &caretaker{c: c, look: time.Now().Add(firstAdoption), failed: make(chan struct{}, 1)}
+	t.counting.SetLimit(1)
+	t.adopting.SetLimit(1)
+	return t
+}
+
+func (t *caretaker) wait() {
+	t.counting.Wait() //nolint:errcheck // gives no errors
+	t.adopting.Wait() //nolint:errcheck // gives no errors
+}
+
+func (t *caretaker) beat(ctx context.Context) {
+	t.beats++
+	select {
+	case <-t.failed:
+		t.look = time.Now().Add(peerTTL) // until when others have spoken, if the connection was lost
+	default:
+	}
+	if t.c.beat(ctx) {
+		t.look = time.Now()
+	}
+	t.counting.TryGo(func() error { t.c.recount(ctx); return nil })
+	all := !t.look.IsZero() && !time.Now().Before(t.look)
+	if !all && t.beats%adoptEvery > 0 {
+		return
+	}
+	started := t.adopting.TryGo(func() error {
+		if !t.c.adopt(ctx, all) {
+			poke(t.failed)
+		}
+		return nil
+	})
+	if started && all {
+		t.look = time.Time{}
 	}
 }
 
@@ -90,7 +139,7 @@ func (h *holds) due() []*waiting {
 					break
 				}
 				h.drop(w)
-				l.in[w.operation], l.took = time.Now(), time.Now()
+				l.in[w.operation] = entered{at: time.Now()}
 				due = append(due, w)
 			}
 		}
@@ -98,12 +147,13 @@ func (h *holds) due() []*waiting {
 	return due
 }
 
-// release lets a job in, or makes it wait for another turn.
+// release lets a job in, or makes it wait for another turn. When ctx ends it may stop between any two steps:
+// who takes the job over repeats them.
 func (c *Client) release(ctx context.Context, w *waiting) {
-	ctx, cancel := detach(ctx, settleBound)
+	bound, cancel := context.WithTimeoutCause(ctx, settleBound, ErrUnavailable)
 	defer cancel()
-	stays, err := c.letIn(ctx, w)
-	if stays {
+	stays, err := c.letIn(bound, w)
+	if stays || ctx.Err() != nil {
 		return
 	}
 	c.holds.mu.Lock()
@@ -119,7 +169,7 @@ func (c *Client) release(ctx context.Context, w *waiting) {
 }
 
 // letIn moves a job from HELD to its lane and tells whether it is there now. It is not when it was
-// cancelled, or somebody else has let it in.
+// cancelled; one that somebody else has let in does not count.
 func (c *Client) letIn(ctx context.Context, w *waiting) (stays bool, err error) {
 	payload := w.payload
 	if payload == nil {
@@ -128,15 +178,17 @@ func (c *Client) letIn(ctx context.Context, w *waiting) (stays bool, err error) 
 		}
 	}
 	r := &record{Operation: w.operation, Pool: w.pool, Lane: w.lane}
-	if _, err := c.publishOnce(ctx, jobSubjectOf(r), payload); err != nil {
+	sequence, err := c.publishOnce(ctx, jobSubjectOf(r), payload)
+	if err != nil {
 		return false, err
 	}
+	c.holds.noteStored(r, sequence)
 	c.ring(ctx, r)
 	if err := c.deleteHold(ctx, w.sequence); err != nil {
 		// Whoever finds it later lets the job in again, which the queue refuses, or finds that it is done.
 		c.log.WarnContext(ctx, "remove a job that is not held any more", "operation", w.operation, "err", err)
 	}
-	return true, nil
+	return sequence > 0, nil
 }
 
 // storedHold reads a held job as this holder's, or nil when it is gone.
@@ -166,77 +218,6 @@ func (c *Client) deleteHold(ctx context.Context, sequence uint64) error {
 	return unavailable(cause(ctx, err))
 }
 
-// heard notes what another holder says.
-func (h *holds) heard(payload []byte) {
-	var s holderState
-	if json.Unmarshal(payload, &s) != nil || s.Holder == h.name || !validName(s.Holder) {
-		return
-	}
-	s.at = time.Now()
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if len(s.Builds) == 0 {
-		delete(h.peers, s.Holder)
-	} else {
-		h.peers[s.Holder] = s
-	}
-}
-
-// beat brings the windows up to date and tells others what is held. It returns whether a holder fell
-// silent.
-func (c *Client) beat(ctx context.Context) (silent bool) {
-	h := &c.holds
-	h.mu.Lock()
-	for name, peer := range h.peers {
-		if time.Since(peer.at) > peerTTL {
-			delete(h.peers, name)
-			silent = true
-		}
-	}
-	state := holderState{Holder: h.name, Builds: map[string]int{}, Tenants: h.most()}
-	for pool, p := range h.pools {
-		p.window = c.windowOf(pool, p)
-		if n := p.builds(); n > 0 {
-			state.Builds[pool] = n
-		} else if p.idle() {
-			delete(h.pools, pool)
-		}
-	}
-	for f, b := range h.bursts {
-		if b.tokens+int(time.Since(b.at)/burstRefill) >= burst {
-			delete(h.bursts, f)
-		}
-	}
-	says := len(state.Builds) > 0 || h.said
-	h.said = len(state.Builds) > 0
-	h.mu.Unlock()
-	if !says {
-		return silent
-	}
-	payload, err := json.Marshal(state)
-	if err == nil {
-		err = c.nc.Publish(flowsSubject, payload)
-	}
-	if err != nil {
-		c.log.WarnContext(ctx, "tell what is held", "err", err)
-	}
-	return silent
-}
-
-// most returns the tenants with the most held jobs. It is called with mu held.
-func (h *holds) most() map[string]int {
-	names := make([]string, 0, len(h.tenants))
-	for name := range h.tenants {
-		names = append(names, name)
-	}
-	slices.SortFunc(names, func(a, b string) int { return cmp.Compare(h.tenants[b], h.tenants[a]) })
-	most := map[string]int{}
-	for _, name := range names[:min(len(names), maxTenants)] {
-		most[name] = h.tenants[name]
-	}
-	return most
-}
-
 func (p *poolHolds) idle() bool {
 	for lane := range p.lanes {
 		if len(p.lanes[lane].in) > 0 {
@@ -246,7 +227,7 @@ func (p *poolHolds) idle() bool {
 	return true
 }
 
-// recount asks the broker how many jobs are in the lanes from which nothing was taken for a while.
+// recount asks the broker about the lanes in which something was for a while.
 func (c *Client) recount(ctx context.Context) {
 	type quiet struct {
 		pool string
@@ -256,7 +237,8 @@ func (c *Client) recount(ctx context.Context) {
 	c.holds.mu.Lock()
 	for pool, p := range c.holds.pools {
 		for lane := range p.lanes {
-			if l := &p.lanes[lane]; len(l.in) > 0 && time.Since(l.took) > lostAfter {
+			if l := &p.lanes[lane]; l.overdue() {
+				l.asked = time.Now()
 				ask = append(ask, quiet{pool, lane})
 			}
 		}
@@ -267,16 +249,34 @@ func (c *Client) recount(ctx context.Context) {
 		bound, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 		consumer, err := c.jobs.Consumer(bound, consumerName(q.pool, q.lane))
 		cancel()
-		if err != nil {
-			continue
+		switch {
+		case errors.Is(err, jetstream.ErrConsumerNotFound):
+		case err != nil:
+			return // the next beat asks again
+		default:
+			info := consumer.CachedInfo()
+			c.holds.keep(q.pool, q.lane, info.Delivered.Stream, int(info.NumPending), asked) //nolint:gosec // bounded by the queue
 		}
-		c.holds.keep(q.pool, q.lane, int(consumer.CachedInfo().NumPending), asked) //nolint:gosec // bounded by the queue
 	}
 	c.holds.poke()
 }
 
-// keep forgets the oldest jobs of a lane until there are n, except those that were let in since.
-func (h *holds) keep(pool string, lane, n int, asked time.Time) {
+// overdue tells whether one of the jobs that were let in should have been taken, and nobody has asked lately.
+func (l *laneHolds) overdue() bool {
+	if time.Since(l.asked) <= lostAfter {
+		return false
+	}
+	for _, job := range l.in {
+		if time.Since(job.at) > lostAfter {
+			return true
+		}
+	}
+	return false
+}
+
+// keep forgets the jobs of a lane that somebody was given, which are those up to delivered, and, since some may
+// have been removed, the oldest until there are no more than n. Those that came after the broker was asked stay.
+func (h *holds) keep(pool string, lane int, delivered uint64, n int, asked time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	p := h.pools[pool]
@@ -285,39 +285,42 @@ func (h *holds) keep(pool string, lane, n int, asked time.Time) {
 	}
 	l := &p.lanes[lane]
 	var old []string
-	for operation, at := range l.in {
-		if at.Before(asked.Add(-lostAfter)) {
+	for operation, job := range l.in {
+		switch age := asked.Sub(job.at); {
+		case job.sequence > 0 && job.sequence <= delivered, job.sequence == 0 && age > 2*settleBound:
+			delete(l.in, operation)
+		case job.sequence > 0 && age > lostAfter:
 			old = append(old, operation)
 		}
 	}
-	slices.SortFunc(old, func(a, b string) int { return l.in[a].Compare(l.in[b]) })
+	slices.SortFunc(old, func(a, b string) int { return l.in[a].at.Compare(l.in[b].at) })
 	for _, operation := range old[:min(len(old), max(0, len(l.in)-n))] {
 		delete(l.in, operation)
 	}
-	l.took = time.Now()
 }
 
-// adopt takes over the jobs of holders that are gone: looking at all of them, or at all if the oldest is
-// one of those.
-func (c *Client) adopt(ctx context.Context, all, some bool) {
-	if !all && !some {
-		return
+// adopt takes over the jobs of holders that are gone. It looks at all that is held, or at the next maxLook and, once
+// it has found one of those, at the rest. It tells whether it could.
+func (c *Client) adopt(ctx context.Context, all bool) bool {
+	sequence := c.holds.look
+	if all {
+		sequence = 0
 	}
-	for sequence := uint64(1); ctx.Err() == nil; {
-		msg, err := c.following(ctx, c.held, sequence, heldSubject+"*.*")
+	for n := 0; all || n < maxLook; n++ {
+		msg, err := c.following(ctx, c.held, sequence+1, heldSubject+"*.*")
+		if errors.Is(err, jetstream.ErrMsgNotFound) {
+			c.holds.look = 0
+			return true
+		}
 		if err != nil {
-			if !errors.Is(err, jetstream.ErrMsgNotFound) {
-				c.log.DebugContext(ctx, "look for jobs of dead holders", "err", err)
-			}
-			return
+			c.log.DebugContext(ctx, "look for jobs of dead holders", "err", err)
+			return false
 		}
-		sequence = msg.Sequence + 1
-		orphan := c.adoptOne(ctx, msg)
-		if !all && !orphan {
-			return
-		}
-		all = true
+		sequence = msg.Sequence
+		all = c.adoptOne(ctx, msg) || all
 	}
+	c.holds.look = sequence
+	return true
 }
 
 // adoptOne takes a held job over if its holder is gone, and tells whether it was.
@@ -329,7 +332,7 @@ func (c *Client) adoptOne(ctx context.Context, msg *jetstream.RawStreamMsg) bool
 	var current *record
 	if err == nil {
 		current, _, err = c.read(ctx, r.Operation)
-		if isUnavailable(err) || errors.Is(err, ErrNotFound) && time.Since(msg.Time) < flightGrace {
+		if isUnavailable(err) || ctx.Err() != nil || errors.Is(err, ErrNotFound) && time.Since(msg.Time) < flightGrace {
 			return true
 		}
 	}

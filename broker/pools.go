@@ -383,7 +383,11 @@ func (c *Client) move(ctx context.Context, operation string, to route) error {
 	}
 	job := *r
 	job.Revision = revision
-	return queue(ctx, &job)
+	if err := queue(ctx, &job); err != nil {
+		c.holds.forget(&job)
+		return err
+	}
+	return nil
 }
 
 // queueOf decides where a job goes, and its lane: into the queue, among those that wait for their turn, or

@@ -228,10 +228,10 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 	case err != nil:
 		return c.endUnreadable(ctx, operation)
 	}
-	for _, at := range []struct {
+	for _, at := range []struct { // in the order in which a job moves
 		stream  jetstream.Stream
 		subject string
-	}{{c.jobs, jobSubjectOf(r)}, {c.held, heldSubjectOf(r)}} {
+	}{{c.held, heldSubjectOf(r)}, {c.jobs, jobSubjectOf(r)}} {
 		if _, err = c.last(ctx, at.stream, at.subject); !errors.Is(err, jetstream.ErrMsgNotFound) {
 			return err
 		}

@@ -195,10 +195,14 @@ func (c *Client) publishJob(ctx context.Context, job *record) error {
 		return err
 	}
 	sequence, err := c.publishOnce(ctx, jobSubjectOf(job), payload)
-	if err == nil && sequence > 0 {
+	if err != nil {
+		return err
+	}
+	c.holds.noteStored(job, sequence)
+	if sequence > 0 {
 		c.ring(ctx, job)
 	}
-	return err
+	return nil
 }
 
 // publishOnce stores a message whose subject may have one only. The sequence is 0 when there is one.
@@ -240,6 +244,9 @@ func (c *Client) mend(ctx context.Context, op *Operation) {
 		return
 	}
 	c.checkPool(ctx, r)
+	if c.holds.isHeld(r.Operation) {
+		return
+	}
 	if held, err := c.last(ctx, c.held, heldSubjectOf(r)); err == nil {
 		if c.submits {
 			c.adoptOne(ctx, held)
