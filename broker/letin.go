@@ -2,6 +2,8 @@ package broker
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"slices"
 	"time"
@@ -350,7 +352,7 @@ func (c *Client) adoptOne(ctx context.Context, msg *jetstream.RawStreamMsg) bool
 	return true
 }
 
-// owned tells whether a live holder lets a job in.
+// owned tells whether a live holder lets a job in, or will take it over.
 func (h *holds) owned(r *record) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -359,7 +361,7 @@ func (h *holds) owned(r *record) bool {
 	}
 	if r.Holder != h.name {
 		_, alive := h.peers[r.Holder]
-		return alive
+		return alive || !h.heir(r.Operation)
 	}
 	p := h.pools[r.Pool]
 	if p == nil || r.Lane < 0 || r.Lane >= lanes {
@@ -367,4 +369,22 @@ func (h *holds) owned(r *record) bool {
 	}
 	_, in := p.lanes[r.Lane].in[r.Operation]
 	return in
+}
+
+// heir tells whether this holder takes an orphan over, and none of the others that hold something: each job has
+// one heir, so that it is counted once. It is called with mu held.
+func (h *holds) heir(operation string) bool {
+	mine := claim(h.name, operation)
+	for peer := range h.peers {
+		if claim(peer, operation) > mine {
+			return false
+		}
+	}
+	return true
+}
+
+// claim is a number that each holder has on a job, and that all know.
+func claim(holder, operation string) uint64 {
+	sum := sha256.Sum256([]byte(holder + operation))
+	return binary.BigEndian.Uint64(sum[:])
 }

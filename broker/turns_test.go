@@ -123,6 +123,37 @@ func TestOrphansBehindOthers(t *testing.T) {
 	}
 }
 
+// TestOrphansHaveOneHeir: of several that look for what a dead holder held one takes each job over, so that
+// an instance name does not seem to have more than it has.
+func TestOrphansHaveOneHeir(t *testing.T) {
+	farm := brokertest.Start(t)
+	clients := []*broker.Client{farm.Client(t), farm.Client(t), farm.Client(t)}
+	before := 0
+	for n, c := range clients {
+		for i := range 60 {
+			submit(t, c, build(itoa(n), i))
+		}
+		before += c.Held()
+	}
+	pauseFor(t, 3*time.Second) // until they have heard of each other
+	dying := farm.Deaf(t, broker.Config{Submits: true})
+	for i := range 60 {
+		submit(t, dying, build("b", i))
+	}
+	after := 0
+	for _, c := range clients {
+		had := c.Held()
+		if c.Adopt(t.Context()); c.Held() == had {
+			t.Error("a holder has taken nothing over")
+		}
+		c.Adopt(t.Context()) // takes no more
+		after += c.Held()
+	}
+	if want := before + dying.Held(); after != want {
+		t.Errorf("%d jobs wait in three processes, want %d", after, want)
+	}
+}
+
 // TestTenantsGetEqualShares: whatever number of builds each has, and through whichever process.
 func TestTenantsGetEqualShares(t *testing.T) {
 	const slots = 4

@@ -188,7 +188,10 @@ func (v *view) poolNames() []string {
 
 // lives tells whether a worker was heard of lately.
 func (v *view) lives(worker string) bool {
-	return slices.ContainsFunc(v.live(), func(w WorkerInfo) bool { return w.Name == worker })
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	w, known := v.workers[worker]
+	return known && time.Since(w.at) <= workerTTL
 }
 
 func (v *view) poolCount() int {
