@@ -33,6 +33,8 @@ type flight struct {
 
 	part *partial // belongs to the holder of the baton
 	from *feed    // belongs to the holder of the baton
+	// resumed says that the source was opened again in the middle, so it has not verified the whole.
+	resumed bool // belongs to the holder of the baton
 }
 
 // join returns the flight of a blob with the caller in it, made when there is none. t.mu must be held.
@@ -164,6 +166,9 @@ func (t *Tier) bring(ctx context.Context, f *flight, d digest.Digest, buf []byte
 			return 0, err
 		}
 		f.file = f.part.file
+		if t.believe {
+			f.part.seen = cas.NewLengthVerifier(d)
+		}
 	}
 	if f.part.torn {
 		return 0, &localError{errTorn}
@@ -173,6 +178,7 @@ func (t *Tier) bring(ctx context.Context, f *flight, d digest.Digest, buf []byte
 		if f.from, err = t.openFeed(ctx, d, at); err != nil {
 			return 0, err
 		}
+		f.resumed = f.resumed || at > 0
 	}
 	if at < d.Size() {
 		n, err = f.from.read(ctx, buf[:min(int64(len(buf)), d.Size()-at)])
@@ -188,9 +194,21 @@ func (t *Tier) bring(ctx context.Context, f *flight, d digest.Digest, buf []byte
 		err = f.from.verdict(ctx)
 	}
 	if errors.Is(err, io.EOF) {
-		err = f.part.seen.Verdict()
+		err = f.verdict(d)
 	}
 	return n, err
+}
+
+// verdict tells whether the file is the blob, once the source has said so of what it has read.
+func (f *flight) verdict(d digest.Digest) error {
+	if !f.resumed || f.part.seen.Hashes() {
+		return f.part.seen.Verdict()
+	}
+	whole := cas.NewVerifier(d)
+	if _, err := io.Copy(whole, io.NewSectionReader(f.file, 0, d.Size())); err != nil {
+		return &localError{err}
+	}
+	return whole.Verdict()
 }
 
 var errTorn = errors.New("a write of the file has failed")

@@ -37,7 +37,7 @@ func Open(ctx context.Context, cfg Config) (*Tier, error) {
 		return nil, fmt.Errorf("disk tier: %w", err)
 	}
 	t := &Tier{
-		source: cfg.Source, log: cfg.Log, max: cfg.MaxBytes, dir: dir, lock: lock, asRoot: os.Geteuid() == 0, second: cfg.SecondRead,
+		source: cfg.Source, log: cfg.Log, max: cfg.MaxBytes, dir: dir, lock: lock, asRoot: os.Geteuid() == 0, second: cfg.SecondRead, believe: cfg.Verified,
 		fetching: make(chan struct{}, fetches), pressure: make(chan struct{}, 1),
 		index: newIndex(), flights: make(map[key]*flight),
 	}

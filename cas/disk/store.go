@@ -18,6 +18,8 @@ const (
 	// share is the part of the tier that a blob may take to be fetched by a read, and that all such
 	// fetches may take together: 1/8 and 1/2.
 	share, shareOfAll = 8, 2
+	// eager is the size from which Config.SecondRead does not count: a file costs little beside the read.
+	eager = 4 << 20
 	// attempts is how often a file may vanish before its use.
 	attempts = 5
 )
@@ -92,7 +94,7 @@ func (t *Tier) find(d digest.Digest, offset int64) (entry, *flight, key) {
 	if offset != 0 || d.IsImpossible() || d.Size() <= smallest || cost(d.Size()) > t.max/share {
 		return entry{}, nil, plain
 	}
-	if t.flights[plain] == nil && (t.reserved+cost(d.Size()) > t.max/shareOfAll || t.second && !t.lately.again(plain)) {
+	if t.flights[plain] == nil && (t.reserved+cost(d.Size()) > t.max/shareOfAll || t.second && d.Size() < eager && !t.lately.again(plain)) {
 		return entry{}, nil, plain
 	}
 	return entry{}, t.join(plain), plain

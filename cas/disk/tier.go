@@ -28,9 +28,12 @@ type Config struct {
 	// MaxBytes bounds the files in Dir, in whole blocks of 4 KiB, with those being fetched. It may be
 	// exceeded by 5 %.
 	MaxBytes int64
-	// SecondRead makes the tier fetch what is read for the second time, and not for the first. A source
-	// that is as fast as a disk is read at half its speed while a file is written.
+	// SecondRead makes the tier fetch a blob below 4 MiB when it is read for the second time, and not for
+	// the first: where the source is in the same process, to make a file takes as long as to read the blob.
 	SecondRead bool
+	// Verified says that the source itself compares what it reads from the start of a blob with the
+	// digest. Then the tier does not hash it again.
+	Verified bool
 	// Source is where blobs come from and go to.
 	Source cas.Store
 	Log    *slog.Logger
@@ -53,6 +56,7 @@ type Tier struct {
 	lock    *os.File // the flock on dir
 	asRoot  bool
 	second  bool // Config.SecondRead
+	believe bool // Config.Verified
 
 	trusted     uint64        // generations below it are from before the machine's last boot
 	generations atomic.Uint64 // the last one given out

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"strconv"
 	"time"
@@ -54,7 +53,7 @@ func (s *Store) openLarge(ctx context.Context, b *bucket, d digest.Digest, from 
 	r.chunks, r.left, r.frames = chunksOf(d), d.Size()-from.offset, from.frames
 	passed := from.frames && o.zstd // nothing to hash, see OpenFrames
 	if from.offset == 0 && !passed {
-		r.hash = d.Space().Function().New()
+		r.hash = newAsideHash(d.Space().Function())
 	}
 	r.discard = func(how string) error {
 		s.discard(ctx, r.bucket, d, r.object.sequence)
@@ -124,7 +123,7 @@ type largeReader struct {
 	digest digest.Digest
 	bucket *bucket
 	object object
-	hash   hash.Hash // nil unless the read began at 0
+	hash   *asideHash // nil unless the read began at 0
 	inbox  string
 	sub    *nats.Subscription
 
@@ -267,6 +266,9 @@ func (r *largeReader) take(m stored, size int64) error {
 		r.chunk = m.data
 		return nil
 	}
+	if r.hash != nil {
+		r.hash.wait() // it may be reading r.plain
+	}
 	data, err := unpack(r.plain[:0], m.header, m.data, size)
 	if err != nil {
 		return r.discard("a chunk is not as it was stored: " + err.Error())
@@ -275,7 +277,7 @@ func (r *largeReader) take(m stored, size int64) error {
 		r.plain = data
 	}
 	if r.hash != nil {
-		r.hash.Write(data)
+		r.hash.write(data)
 	}
 	r.chunk = data[drop : drop+give]
 	if r.frames {
@@ -335,7 +337,7 @@ func (r *largeReader) fill() error {
 
 // verdict is io.EOF unless the bytes do not have the digest.
 func (r *largeReader) verdict() error {
-	if r.hash != nil && r.digest.Space().Sum(r.hash, r.digest.Size()) != r.digest {
+	if r.hash != nil && r.hash.sum(r.digest.Space(), r.digest.Size()) != r.digest {
 		return r.discard("it has another hash")
 	}
 	return io.EOF
@@ -381,6 +383,9 @@ func (r *largeReader) Close() error {
 		return nil
 	}
 	r.done()
+	if r.hash != nil {
+		r.hash.wait()
+	}
 	if r.err == nil {
 		r.err = fmt.Errorf("read of %v after Close", r.digest)
 	}

@@ -29,7 +29,7 @@ type upload struct {
 	token  string // names the client's upload
 
 	nuid    string
-	hash    hash.Hash
+	hash    *asideHash
 	sum     hash.Hash // the SHA-256 of the payloads, nil where that is hash
 	size    int64     // of the payloads
 	encoder encoder
@@ -64,7 +64,7 @@ func (s *Store) putLarge(ctx context.Context, d digest.Digest, token string, r i
 	}
 	u := upload{
 		store: s, bucket: b, digest: d, token: token,
-		nuid: tail(d) + "." + token + "." + nuid.Next(), hash: d.Space().Function().New(),
+		nuid: tail(d) + "." + token + "." + nuid.Next(), hash: newAsideHash(d.Space().Function()),
 		encoder: encoder{mode: s.cfg.Compression, busy: s.busy},
 	}
 	if copied, ok := r.(*largeReader); ok && copied.object.zstd {
@@ -117,10 +117,15 @@ var errKnown = errors.New("stored by another upload")
 
 // send publishes the chunks and returns when all are stored, or errKnown.
 func (u *upload) send(ctx context.Context, r io.Reader) error {
-	buffer := u.store.buffers.get(chunkSize)
-	defer u.store.buffers.put(buffer)
+	// One is hashed and sent while the other fills.
+	buffer, other := u.store.buffers.get(chunkSize), u.store.buffers.get(chunkSize)
+	defer func() {
+		u.hash.wait()
+		u.store.buffers.put(buffer)
+		u.store.buffers.put(other)
+	}()
 	src := source{r: r}
-	for left := u.digest.Size(); left > 0; {
+	for left := u.digest.Size(); left > 0; buffer, other = other, buffer {
 		if e, known := u.store.index.get(keyOf(u.digest), u.digest.Size()); known && e.generation() >= u.bucket.generation {
 			return errKnown
 		}
@@ -131,7 +136,7 @@ func (u *upload) send(ctx context.Context, r io.Reader) error {
 		}
 		took := time.Since(began)
 		left -= int64(len(data))
-		u.hash.Write(data)
+		u.hash.write(data)
 		payload := u.encode(data, took)
 		if left > 0 {
 			if err := u.publish(ctx, payload, 0); err != nil {
@@ -207,7 +212,7 @@ func (u *upload) verify(ctx context.Context, src *source) error {
 	if err := src.finish(ctx); err != nil {
 		return err
 	}
-	if u.digest.Space().Sum(u.hash, src.total) != u.digest {
+	if u.hash.sum(u.digest.Space(), src.total) != u.digest {
 		return fmt.Errorf("%w: the bytes have another hash", cas.ErrMismatch)
 	}
 	return nil

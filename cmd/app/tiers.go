@@ -112,7 +112,7 @@ func openFrontendTier(ctx context.Context, p *process, farm *farm, data string, 
 		return nil, err
 	}
 	tier, err := disk.Open(ctx, disk.Config{
-		Dir: filepath.Join(data, "frontend", "cache"), MaxBytes: int64(maxBytes), Source: farm.blobs, Log: p.log, Registerer: farm.metrics,
+		Dir: filepath.Join(data, "frontend", "cache"), MaxBytes: int64(maxBytes), Source: farm.blobs, Verified: true, Log: p.log, Registerer: farm.metrics,
 	})
 	return &frontendTier{disk: tier}, err
 }

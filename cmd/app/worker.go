@@ -82,7 +82,7 @@ type executor struct {
 func newExecutor(ctx context.Context, p *process, farm *farm, flags executionFlags, platform broker.Platform, name, dir string) (*executor, error) {
 	tier, err := disk.Open(ctx, disk.Config{
 		Dir: filepath.Join(dir, "cache"), MaxBytes: int64(flags.DiskCache), Source: farm.blobs, Log: p.log, Registerer: farm.metrics,
-		SecondRead: true, // Only up reads through it, with the broker in the same process.
+		Verified: true, SecondRead: true, // Only up reads through it, with the broker in the same process.
 	})
 	if err != nil {
 		return nil, err
