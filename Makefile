@@ -8,7 +8,7 @@ BENCHTIME  ?= 1s
 COUNT      ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas soak-kills soak-cancels chaos test-compose conformance soak-cas scale-cas clean
+.PHONY: help build demo test packages format check-format vet arch unit lint tidy fuzz bench bench-cas bench-exec soak-kills soak-cancels chaos test-compose conformance soak-cas scale-cas clean
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ bench: ## run the benchmarks: BENCH=regexp BENCHTIME=1s COUNT=1; compare runs wi
 
 bench-cas: ## run the benchmarks of the storage through a real farm, see docs/PERFORMANCE.md
 	$(GO) test -run '^$$' -bench 'FindMissing|Batch|ByteStream|ActionResult|SmallRead' -benchtime $(BENCHTIME) -count $(COUNT) ./integration
+
+bench-exec: ## run the benchmarks of execution through a real farm, see docs/PERFORMANCE.md
+	$(GO) test -run '^$$' -bench '^BenchmarkExecute' -benchtime 2000x -count $(COUNT) ./integration
+	$(GO) test -run '^$$' -bench '^BenchmarkWaitingStream' -benchtime 1x -count $(COUNT) ./integration
+	$(GO) test -run '^$$' -bench '^BenchmarkWatcher' -benchtime 2x -count $(COUNT) ./broker
 
 soak-kills: ## kill broker and frontend at 50 random points of uploads, takes two minutes
 	JETFARM_KILLS=50 $(GO) test -run '^TestBlobsAreWholeAfterKills$$' -v ./integration

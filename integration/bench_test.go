@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,31 +29,16 @@ func BenchmarkExecute(b *testing.B) {
 	for _, concurrency := range []int{1, 8, 64} {
 		b.Run(fmt.Sprintf("concurrency=%d", concurrency), func(b *testing.B) {
 			actions := uploadNoops(b, c, b.N)
-			took := make([]time.Duration, b.N)
-			var next atomic.Int64
-			var clients errgroup.Group
 			b.ResetTimer()
-			for range concurrency {
-				clients.Go(func() error {
-					for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
-						began := time.Now()
-						response, err := c.execute(b.Context(), actions[i])
-						if err != nil {
-							return err
-						}
-						if err := checkRan(response); err != nil {
-							return err
-						}
-						took[i] = time.Since(began)
-					}
-					return nil
-				})
-			}
-			if err := clients.Wait(); err != nil {
-				b.Fatal(err)
-			}
+			runs := runAll(b, c, concurrency, actions)
 			b.StopTimer()
-			reportLatency(b, took)
+			for _, r := range runs {
+				if err := checkRan(r.response); err != nil {
+					b.Fatal(err)
+				}
+			}
+			reportLatency(b, tookOf(runs))
+			reportStages(b, runs)
 		})
 	}
 }
@@ -79,13 +63,17 @@ func uploadNoops(b *testing.B, c *client, n int) []*repb.Digest {
 
 func reportLatency(b *testing.B, took []time.Duration) {
 	b.Helper()
-	slices.Sort(took)
-	at := func(quantile float64) float64 {
-		return float64(took[int(quantile*float64(len(took)-1))].Microseconds()) / 1000
-	}
-	b.ReportMetric(at(0.5), "p50-ms")
-	b.ReportMetric(at(0.99), "p99-ms")
+	b.ReportMetric(median(took), "p50-ms")
+	b.ReportMetric(at(took, 0.99), "p99-ms")
 	b.ReportMetric(float64(len(took))/b.Elapsed().Seconds(), "actions/s")
+}
+
+func median(took []time.Duration) float64 { return at(took, 0.5) }
+
+// at sorts the times and returns a quantile of them in milliseconds.
+func at(took []time.Duration, quantile float64) float64 {
+	slices.Sort(took)
+	return float64(took[int(quantile*float64(len(took)-1))].Microseconds()) / 1000
 }
 
 // Half of the blobs are there.
