@@ -183,3 +183,30 @@ func TestTenantsGetEqualShares(t *testing.T) {
 		t.Errorf("of %d actions the instance names have had %v, want half each", ran-skip, shares)
 	}
 }
+
+// TestWatchingWhatIsHeldAsksNobody where its job is.
+func TestWatchingWhatIsHeldAsksNobody(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.ClientWith(t, broker.Config{Heartbeat: 20 * time.Millisecond, MendAfter: time.Millisecond})
+	var last string
+	for i := range 60 {
+		last = submit(t, c, build("a", i))
+	}
+	nc := farm.Connect(t)
+	asked := must(nc.SubscribeSync("$JS.API.DIRECT.GET.HELD.>"))
+	if err := nc.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	beats := 0
+	for _, err := range c.Watch(t.Context(), last) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if beats++; beats == 10 {
+			break
+		}
+	}
+	if msg, err := asked.NextMsg(200 * time.Millisecond); err == nil {
+		t.Errorf("a watcher has asked for %s", msg.Subject)
+	}
+}
