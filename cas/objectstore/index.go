@@ -84,6 +84,34 @@ func (x *index) get(k key, size int64) (entry, bool) {
 	return e, e.size() == size
 }
 
+// getAll fills entries with those of many keys, 0 where there is none. It locks everything for all of
+// them, since a lock for each would have every lookup wait for the memory that the one before it reads.
+func (x *index) getAll(keys []key, entries []entry) {
+	const atOnce = 1000 // bounds how long writers wait
+	for at := 0; at < len(keys); at += atOnce {
+		end := min(at+atOnce, len(keys))
+		x.fill(keys[at:end], entries[at:end])
+	}
+}
+
+func (x *index) fill(keys []key, entries []entry) {
+	for i := range x.shards {
+		x.shards[i].mu.RLock()
+	}
+	for i, k := range keys {
+		entries[i] = entry(x.shard(k).entries.Get(k))
+	}
+	for i := range x.shards {
+		x.shards[i].mu.RUnlock()
+	}
+	dropped := x.dropped.Load()
+	for i, e := range entries {
+		if e.generation() <= dropped {
+			entries[i] = 0
+		}
+	}
+}
+
 // drop makes the entries up to a generation absent. They stay until prune.
 func (x *index) drop(generation uint32) {
 	for old := x.dropped.Load(); old < generation; old = x.dropped.Load() {

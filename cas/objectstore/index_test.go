@@ -41,6 +41,34 @@ func TestOpenBuildsIndex(t *testing.T) {
 	}
 }
 
+// A question about many blobs is answered as those about each of them are.
+func TestMissingOfMany(t *testing.T) {
+	s := open(t, config(t, brokertest.Start(t)))
+	var ask, want []digest.Digest
+	for i := range 700 {
+		d, data := castest.Blob(castest.Space(t, []string{"", "team"}[i%2]), 100+i)
+		if i%3 == 0 {
+			if err := s.Put(t.Context(), d, bytes.NewReader(data)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		larger, err := d.Space().New(d.Hash(), d.Size()+1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ask = append(ask, d, d.Space().Of(nil), larger, d)
+	}
+	for i, d := range ask {
+		if !slices.Contains(ask[:i], d) {
+			want = append(want, missing(t, s, d)...)
+		}
+	}
+	got := missing(t, s, ask...)
+	if len(want) != 700+700-234 || !slices.Equal(got, want) {
+		t.Errorf("%d of %d blobs are missing, one by one %d", len(got), len(ask), len(want))
+	}
+}
+
 // What one process stores, the others soon know.
 func TestAnnouncements(t *testing.T) {
 	f := brokertest.Start(t)

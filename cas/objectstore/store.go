@@ -379,13 +379,13 @@ func (s *Store) sift(ds []digest.Digest, now state, last bool) (missing, old []d
 		size int64
 	}
 	var seen map[name]struct{}
-	var keys keyer
-	for _, d := range ds {
+	keys, entries := s.entries(ds)
+	for i, d := range ds {
 		if d.IsEmpty() {
 			continue
 		}
-		k := keys.Of(d)
-		e, ok := s.index.get(k, d.Size())
+		k, e := keys[i], entries[i]
+		ok := e != 0 && e.size() == d.Size()
 		if ok && e.generation() > now.Old {
 			if e.generation() <= now.Aging {
 				s.forward.later(k, d)
@@ -407,6 +407,23 @@ func (s *Store) sift(ds []digest.Digest, now state, last bool) (missing, old []d
 		}
 	}
 	return missing, old
+}
+
+// entries returns the keys of digests and what the index has for them.
+func (s *Store) entries(ds []digest.Digest) ([]key, []entry) {
+	keys, entries := make([]key, len(ds)), make([]entry, len(ds))
+	var keyer keyer
+	for i, d := range ds {
+		keys[i] = keyer.Of(d)
+	}
+	if len(ds) < indexShards {
+		for i, d := range ds {
+			entries[i], _ = s.index.get(keys[i], d.Size())
+		}
+		return keys, entries
+	}
+	s.index.getAll(keys, entries)
+	return keys, entries
 }
 
 // confirmWidth is how many streams Confirm asks at the same time.

@@ -117,6 +117,34 @@ func TestDamageWhileItRuns(t *testing.T) {
 	}
 }
 
+// What a deletion by hand leaves is removed, and what is not the pack's stays.
+func TestStrayFiles(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"3.table", "4.temp", "5.pack", "note.txt", "06.pack"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("stray"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := open(t, config(dir, pack.MinBytes))
+	ds, data := blobs(t, 3)
+	p.Add(ds, data)
+	if n := held(t, p, ds, data); n != 3 {
+		t.Errorf("%d blobs are held", n)
+	}
+	shut(t, p)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	if got, want := strings.Join(names, " "), "06.pack 6.pack 6.table lock note.txt"; got != want {
+		t.Errorf("files %s, want %s", got, want)
+	}
+}
+
 func FuzzOpen(f *testing.F) {
 	dir := f.TempDir()
 	p := open(f, config(dir, pack.MinBytes))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -73,6 +74,10 @@ func (p *Pack) load(ctx context.Context) error {
 			numbers = append(numbers, number)
 		case tempKind:
 			err = errors.Join(err, os.Remove(p.path(number, tempKind)))
+		case tableKind:
+			if _, absent := os.Stat(p.path(number, recordsKind)); errors.Is(absent, fs.ErrNotExist) {
+				err = errors.Join(err, os.Remove(p.path(number, tableKind)))
+			}
 		}
 	}
 	slices.Sort(numbers)

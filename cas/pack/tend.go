@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// tendEvery is how often the room on the disk is looked at.
-const tendEvery = 5 * time.Second
+// tendEvery is how often the room on the disk is looked at: a broker may fill GiB in seconds.
+const tendEvery = time.Second
 
 // Run makes room for what is added until ctx ends, and then returns nil.
 func (p *Pack) Run(ctx context.Context) error {
