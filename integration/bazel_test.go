@@ -93,7 +93,7 @@ func (b *bazel) writeRC() error {
 		"common --color=no --curses=no --noshow_progress",
 		"build --javabase=@local_jdk//:jdk --host_javabase=@local_jdk//:jdk",
 		"build --incompatible_strict_action_env --verbose_failures --nosandbox_debug",
-		"build --spawn_strategy=remote --noremote_local_fallback --remote_retries=5 --remote_timeout=60",
+		"build --spawn_strategy=remote --noremote_local_fallback --remote_retries=20 --remote_timeout=60",
 		"test --test_output=errors --notest_verbose_timeout_warnings",
 	)
 	return os.WriteFile(filepath.Join(b.workspace, ".bazelrc"), []byte(strings.Join(lines, "\n")+"\n"), 0o644)
