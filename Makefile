@@ -74,7 +74,7 @@ soak-cancels: ## cancel 200 calls while connections break and an upstream dies, 
 	JETFARM_CANCELS=200 $(GO) test -race -run 'CancelsInAStorm' -count=1 -v ./integration
 
 chaos: ## break a farm in every way during a build of 2 000 actions and a load of 20 000; 40 minutes
-	JETFARM_CHAOS=1 $(GO) test -run '^TestChaos$$' -v -count 1 -timeout 150m ./integration
+	JETFARM_CHAOS=20000 $(GO) test -run '^TestChaos$$' -v -count 1 -timeout 150m ./integration
 
 test-compose: build ## run deployments/compose.yaml with a docker engine of its own, as root; takes minutes
 	JETFARM_COMPOSE=1 $(GO) test -run '^TestCompose$$' -count=1 -timeout=25m -v ./integration

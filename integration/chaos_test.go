@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -25,11 +26,16 @@ type chaos struct {
 // Whatever dies, is frozen, is cut off or runs out of disk: builds are green, and every operation ends
 // once, for all who wait for it, and leaves nothing. `make chaos` runs the long form.
 func TestChaos(t *testing.T) {
-	if os.Getenv("JETFARM_CHAOS") == "" {
+	actions := os.Getenv("JETFARM_CHAOS")
+	if actions == "" {
 		chaos{nodes: 3, clients: 8, actions: 200, build: 60, lasting: 2 * time.Second}.run(t)
 		return
 	}
-	long := chaos{clients: 64, actions: 20_000, build: 2000, lasting: 30 * time.Second}
+	n, err := strconv.Atoi(actions)
+	if err != nil || n < 10 {
+		t.Fatalf("JETFARM_CHAOS=%q is not a number of actions", actions)
+	}
+	long := chaos{clients: 64, actions: int64(n), build: n / 10, lasting: 30 * time.Second}
 	for _, nodes := range []int{3, 1} {
 		t.Run(fmt.Sprint("broker nodes ", nodes), func(t *testing.T) {
 			long.nodes = nodes
