@@ -112,14 +112,19 @@ func terminal(t testing.TB, c *broker.Client, operation string) *broker.Operatio
 // eventually polls cond until it holds or ten seconds have passed.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(10 * time.Second)
+	within(t, 10*time.Second, what, cond)
+}
+
+func within(t testing.TB, bound time.Duration, what string, cond func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(bound)
 	defer deadline.Stop()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !cond() {
 		select {
 		case <-deadline.C:
-			t.Fatalf("not within 10 s: %s", what)
+			t.Fatalf("not within %v: %s", bound, what)
 		case <-tick.C:
 		}
 	}

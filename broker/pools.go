@@ -250,6 +250,9 @@ func (c *Client) reclaim(ctx context.Context, pool string) (bool, error) {
 			return false, unavailable(err)
 		}
 	}
+	if err := c.js.DeleteConsumer(ctx, heldStream, pool); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return false, unavailable(err)
+	}
 	if used, err := c.hasJobs(ctx, pool); err != nil || used {
 		return false, errors.Join(err, c.restorePool(ctx, pool, entry.Value(), revision))
 	}
