@@ -245,13 +245,8 @@ func (c *Client) reclaim(ctx context.Context, pool string) (bool, error) {
 	if revision, err = c.pools.Update(ctx, pool, []byte(poolRemoved), revision); err != nil {
 		return false, unlessFirst(err)
 	}
-	for lane := range lanes {
-		if err := c.js.DeleteConsumer(ctx, jobsStream, consumerName(pool, lane)); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
-			return false, unavailable(err)
-		}
-	}
-	if err := c.js.DeleteConsumer(ctx, heldStream, pool); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
-		return false, unavailable(err)
+	if err := c.deleteConsumers(ctx, pool); err != nil {
+		return false, err
 	}
 	if used, err := c.hasJobs(ctx, pool); err != nil || used {
 		return false, errors.Join(err, c.restorePool(ctx, pool, entry.Value(), revision))
@@ -261,6 +256,18 @@ func (c *Client) reclaim(ctx context.Context, pool string) (bool, error) {
 	}
 	c.log.InfoContext(ctx, "pool removed that nobody used", "pool", pool, "platform", string(entry.Value()))
 	return true, nil
+}
+
+// deleteConsumers is the opposite of ensureConsumers.
+func (c *Client) deleteConsumers(ctx context.Context, pool string) error {
+	err := c.js.DeleteConsumer(ctx, heldStream, pool)
+	for lane := 0; lane < lanes && (err == nil || errors.Is(err, jetstream.ErrConsumerNotFound)); lane++ {
+		err = c.js.DeleteConsumer(ctx, jobsStream, consumerName(pool, lane))
+	}
+	if errors.Is(err, jetstream.ErrConsumerNotFound) {
+		return nil
+	}
+	return unavailable(err)
 }
 
 // restorePool ends the removal of a pool for which a job has come.
