@@ -1,6 +1,7 @@
 package broker_test
 
 import (
+	"context"
 	"errors"
 	"net"
 	"strings"
@@ -164,6 +165,30 @@ func TestNextEndsWithItsContext(t *testing.T) {
 }
 
 // pauseFor lets time pass that a fault needs to show.
+// TestOutageDuringSubmit: what reaches the broker after its sender has given up has an end, too.
+func TestOutageDuringSubmit(t *testing.T) {
+	farm := brokertest.Start(t)
+	p := startProxy(t, strings.TrimPrefix(farm.URL(), "nats://"))
+	c := farm.ClientAt(t, p.url(), broker.Config{Reconcile: time.Hour})
+	other := farm.ClientWith(t, broker.Config{Reconcile: 100 * time.Millisecond, MendAfter: time.Millisecond})
+	_, err := c.Submit(t.Context(), broker.Request{Action: action(1), Confirm: func(context.Context) error {
+		p.stall() // from here on the broker gets nothing
+		return nil
+	}})
+	if !errors.Is(err, broker.ErrUnavailable) {
+		t.Errorf("Submit = %v, want ErrUnavailable", err)
+	}
+	p.resume()
+	eventually(t, "there is a record", func() bool { return farm.Messages(t, "OPERATIONS") == 1 })
+	q := brokertest.Queue(t, other, worker("w1"))
+	operation := strings.TrimPrefix(farm.All(t, "OPERATIONS")[0].Subject, "jetfarm.op.")
+	if op := must(c.Get(t.Context(), operation)); !op.Done() {
+		settle(t, begin(t, q), 0)
+	}
+	terminal(t, other, operation)
+	nothingLeft(t, farm)
+}
+
 func pauseFor(t testing.TB, d time.Duration) {
 	t.Helper()
 	ctx, cancel := contextWithTimeout(t, d)

@@ -217,6 +217,8 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 	case errors.Is(err, ErrNotFound) && time.Since(flight.Time) > flightGrace, err == nil && r.done():
 		if r != nil {
 			c.removeLeft(ctx, r)
+		} else if err := c.endUnrecorded(ctx, operation, flight.Time); err != nil {
+			return err
 		}
 		c.metrics.mended.WithLabelValues(mendedFlight).Inc()
 		c.releaseFlight(ctx, &record{Operation: operation, Flight: flight.Sequence})
@@ -256,6 +258,17 @@ func (c *Client) removeLeft(ctx context.Context, r *record) {
 	if err != nil {
 		c.log.WarnContext(ctx, "remove job of an ended operation", "operation", r.Operation, "err", err)
 	}
+}
+
+// endUnrecorded takes the place of a record that was not stored: one that comes late would never end.
+func (c *Client) endUnrecorded(ctx context.Context, operation string, began time.Time) error {
+	if !validName(operation) {
+		return nil
+	}
+	r := &record{Operation: operation, Queued: began, Pool: defaultPool}
+	r.finish(code.Code_UNAVAILABLE, "the operation could not be queued; try again")
+	_, err := c.write(ctx, r, 0)
+	return err // when it has come meanwhile, the next turn finds it
 }
 
 // endUnreadable ends an operation whose record no process of this version can read.

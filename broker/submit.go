@@ -144,31 +144,44 @@ func (c *Client) enqueue(ctx context.Context, rec *record) (*Operation, error) {
 		if err = queue(ctx, &job); err == nil {
 			return rec.snapshot(revision)
 		}
-		err = c.abandon(ctx, rec, err)
 	}
+	ended, err := c.abandon(ctx, rec, err)
 	c.holds.forget(rec)
-	c.releaseFlight(ctx, rec)
+	if ended { // else the flight leads the reconciler to what is left
+		c.releaseFlight(ctx, rec)
+	}
 	return nil, err
 }
 
-// abandon ends an operation whose job could not be queued because of err, which it returns.
-func (c *Client) abandon(ctx context.Context, rec *record, err error) error {
-	// Whoever joined the flight meanwhile must see an end, too.
-	_, _, end := c.update(ctx, rec.Operation, func(r *record) error {
-		if r.done() {
+// abandon ends an operation that could not be recorded or queued because of err, which it returns, and tells
+// whether it has: an answer that was lost may be of a record that is stored.
+func (c *Client) abandon(ctx context.Context, rec *record, err error) (ended bool, _ error) {
+	ctx, cancel := detach(ctx, settleBound)
+	defer cancel()
+	finish := func(r *record) error {
+		switch {
+		case r.done():
 			return errUnchanged
-		}
-		if errors.Is(err, ErrQueueFull) {
+		case errors.Is(err, ErrQueueFull):
 			r.finish(code.Code_RESOURCE_EXHAUSTED, "the queue is full; try again later")
-		} else {
+		default:
 			r.finish(code.Code_UNAVAILABLE, "the operation could not be queued; try again")
 		}
 		return nil
-	})
-	if end != nil && !errors.Is(end, errUnchanged) {
-		err = errors.Join(err, end)
 	}
-	return err
+	// A record that is stored late finds its place taken. Whoever joined the flight must see an end, too.
+	last := *rec
+	end := finish(&last)
+	if end == nil {
+		_, end = c.write(ctx, &last, 0)
+	}
+	if errors.Is(end, errConflict) {
+		_, _, end = c.update(ctx, rec.Operation, finish)
+	}
+	if end == nil || errors.Is(end, errUnchanged) {
+		return true, err
+	}
+	return false, errors.Join(err, end)
 }
 
 // create stores a new record. A second try that finds the first one stored is success.
