@@ -2,6 +2,7 @@ package broker_test
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
 
@@ -224,5 +225,22 @@ func TestReconcilingCostsNoHistory(t *testing.T) {
 	few, many := asked(1), asked(300)
 	if many > few+5 { // a heartbeat may come in between
 		t.Errorf("%d requests after one operation, %d after 300 more", few, many)
+	}
+}
+
+// When nobody knows whether the record of an operation is stored, its flight stays: a record without a flight
+// is found by nobody and would wait for days.
+func TestFlightStaysWhenTheRecordMayBeThere(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Deaf(t, broker.Config{})
+	js := must(jetstream.New(farm.Connect(t)))
+	if err := js.DeleteStream(t.Context(), "OPERATIONS"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Submit(t.Context(), broker.Request{Action: action(1)}); !errors.Is(err, broker.ErrUnavailable) {
+		t.Errorf("Submit = %v, want ErrUnavailable", err)
+	}
+	if n := farm.Messages(t, "FLIGHTS"); n != 1 {
+		t.Errorf("%d flights, want 1", n)
 	}
 }
