@@ -167,10 +167,19 @@ func TestDeathWhileSubmitting(t *testing.T) {
 				if least := btoi(recorded || again); len(names) < least || len(names) > 1+btoi(again) {
 					t.Errorf("operations %v have ended", names)
 				}
+				ran := 0
 				for _, name := range names {
-					if op := must(c.Get(t.Context(), name)); statusCode(response(t, op)) != code.Code_OK {
-						t.Errorf("the operation has ended as %v", response(t, op))
+					r := response(t, must(c.Get(t.Context(), name)))
+					switch statusCode(r) {
+					case code.Code_OK:
+						ran++
+					case code.Code_UNAVAILABLE: // took the place of a record that might have come late
+					default:
+						t.Errorf("the operation has ended as %v", r)
 					}
+				}
+				if ran < btoi(recorded || again) {
+					t.Errorf("%d operations of %v have run", ran, names)
 				}
 			})
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
@@ -48,7 +49,7 @@ type holds struct {
 	said    bool                   // guarded by mu; whether the others have heard of something held
 	beaten  time.Time              // guarded by mu; the last beat
 
-	look uint64 // where in HELD adopt goes on, which alone uses it
+	look atomic.Uint64 // where in HELD adopt goes on
 }
 
 // poolHolds is what is held of one pool and let into its lanes.

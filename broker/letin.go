@@ -304,14 +304,14 @@ func (h *holds) keep(pool string, lane int, delivered uint64, n int, asked time.
 // adopt takes over the jobs of holders that are gone. It looks at all that is held, or at the next maxLook and, once
 // it has found one of those, at the rest. It tells whether it could.
 func (c *Client) adopt(ctx context.Context, all bool) bool {
-	sequence := c.holds.look
+	sequence := c.holds.look.Load()
 	if all {
 		sequence = 0
 	}
 	for n := 0; all || n < maxLook; n++ {
 		msg, err := c.following(ctx, c.held, sequence+1, heldSubject+"*.*")
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			c.holds.look = 0
+			c.holds.look.Store(0)
 			return true
 		}
 		if err != nil {
@@ -321,7 +321,7 @@ func (c *Client) adopt(ctx context.Context, all bool) bool {
 		sequence = msg.Sequence
 		all = c.adoptOne(ctx, msg) || all
 	}
-	c.holds.look = sequence
+	c.holds.look.Store(sequence)
 	return true
 }
 

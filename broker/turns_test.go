@@ -128,28 +128,28 @@ func TestOrphansBehindOthers(t *testing.T) {
 func TestOrphansHaveOneHeir(t *testing.T) {
 	farm := brokertest.Start(t)
 	clients := []*broker.Client{farm.Client(t), farm.Client(t), farm.Client(t)}
-	before := 0
+	var before []int
 	for n, c := range clients {
 		for i := range 60 {
 			submit(t, c, build(itoa(n), i))
 		}
-		before += c.Held()
+		before = append(before, c.Held())
 	}
 	pauseFor(t, 3*time.Second) // until they have heard of each other
 	dying := farm.Deaf(t, broker.Config{Submits: true})
 	for i := range 60 {
 		submit(t, dying, build("b", i))
 	}
-	after := 0
-	for _, c := range clients {
-		had := c.Held()
-		if c.Adopt(t.Context()); c.Held() == had {
+	want, after := dying.Held(), 0
+	for n, c := range clients {
+		if c.Adopt(t.Context()); c.Held() == before[n] {
 			t.Error("a holder has taken nothing over")
 		}
+		want += before[n]
 		c.Adopt(t.Context()) // takes no more
 		after += c.Held()
 	}
-	if want := before + dying.Held(); after != want {
+	if after != want {
 		t.Errorf("%d jobs wait in three processes, want %d", after, want)
 	}
 }
