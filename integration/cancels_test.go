@@ -291,10 +291,11 @@ func TestX_33_X_48_X_109_CancelsInAStormLeaveNothing(t *testing.T) {
 		after = s.remains(t, js)
 		return !after.within(before) || after.blobs > allowed
 	}
-	for more() && time.Since(ended) < 90*time.Second {
+	left := more()
+	for ; left && time.Since(ended) < 90*time.Second; left = more() {
 		pause(t.Context(), 500*time.Millisecond)
 	}
-	if more() {
+	if left {
 		t.Errorf("%+v are left, before it was %+v, and at most %d bytes of blobs are allowed", after, before, allowed)
 		t.Logf("orphans: %v", metric(t, "http://"+s.front.field(t, "http")+"/metrics", "jetfarm_cas_orphaned_uploads_total"))
 	}
