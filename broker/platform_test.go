@@ -1,6 +1,7 @@
 package broker_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -202,6 +203,21 @@ func TestCluster(t *testing.T) {
 		operation := submit(t, c, broker.Request{Action: action(10 + i)})
 		settle(t, begin(t, q), 0)
 		terminal(t, second, operation)
+	}
+}
+
+// TestOpenWaitsForTheCluster: a process may be started before the broker knows all of its cluster's servers.
+func TestOpenWaitsForTheCluster(t *testing.T) {
+	cluster := brokertest.StartCluster(t, 3)
+	cluster[0].ClientWith(t, broker.Config{Replicas: 3})
+	c, err := broker.New(broker.Config{Conn: cluster[0].Connect(t), Replicas: 5, Log: quiet})
+	if err != nil {
+		t.Fatalf("New: %v", err)
+	}
+	ctx, cancel := contextWithTimeout(t, 2*time.Second)
+	defer cancel()
+	if err := c.Open(ctx); !errors.Is(err, context.Cause(ctx)) || !strings.Contains(err.Error(), "no suitable peers") {
+		t.Errorf("Open where two servers are not there yet = %v, want one that waits", err)
 	}
 }
 

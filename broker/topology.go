@@ -219,17 +219,18 @@ func readAll(ctx context.Context, kv jetstream.KeyValue, see func(jetstream.KeyV
 	}
 }
 
-// keepReplicas makes a client that was not told a number of replicas keep the one that is in force.
+// keepReplicas makes a client that was not told a number of replicas keep the one that is in force. It
+// is the first question of open: a cluster without a leader never answers, so it waits for a moment only.
 func (c *Client) keepReplicas(ctx context.Context) error {
-	if c.replicas > 0 {
-		return nil
-	}
+	ctx, cancel := context.WithTimeoutCause(ctx, leaderTimeout, ErrUnavailable)
+	defer cancel()
 	s, err := c.js.Stream(ctx, operationsStream)
 	switch {
-	case errors.Is(err, jetstream.ErrStreamNotFound):
-		c.replicas = 1
+	case err != nil && !errors.Is(err, jetstream.ErrStreamNotFound):
+		return cause(ctx, err)
+	case c.replicas > 0:
 	case err != nil:
-		return err
+		c.replicas = 1
 	default:
 		c.replicas = s.CachedInfo().Config.Replicas
 	}
@@ -259,10 +260,14 @@ func (c *Client) ensureConsumers(ctx context.Context, pool string) error {
 	return nil
 }
 
+// leaderTimeout is how long a process that starts waits for an answer before it asks again.
+const leaderTimeout = 2 * time.Second
+
+// noPeers is the broker's code for a cluster that does not know enough servers yet.
+const noPeers = 10005
+
 // retryable tells errors of a broker that is not up yet from those that waiting cannot mend.
 func retryable(err error) bool {
-	if api, ok := errors.AsType[*jetstream.APIError](err); ok {
-		return api.Code >= 500 || api.Code == 408
-	}
-	return true
+	api, ok := errors.AsType[*jetstream.APIError](err)
+	return !ok || api.Code >= 500 || api.Code == 408 || api.ErrorCode == noPeers
 }

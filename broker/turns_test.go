@@ -187,7 +187,7 @@ func TestTenantsGetEqualShares(t *testing.T) {
 // TestWatchingWhatIsHeldAsksNobody where its job is.
 func TestWatchingWhatIsHeldAsksNobody(t *testing.T) {
 	farm := brokertest.Start(t)
-	c := farm.ClientWith(t, broker.Config{Heartbeat: 20 * time.Millisecond, MendAfter: time.Millisecond})
+	c := farm.ClientWith(t, broker.Config{Heartbeat: 20 * time.Millisecond, MendAfter: time.Millisecond, Reconcile: 24 * time.Hour})
 	var last string
 	for i := range 60 {
 		last = submit(t, c, build("a", i))
