@@ -11,7 +11,7 @@ import (
 
 func init() { //nolint:gochecknoinits // must happen before the runtime hands the main thread to a goroutine
 	// A worker changes the namespaces of threads that it then throws away. The main thread can't be
-	// thrown away, so no goroutine but main may run on it.
+	// thrown away, so no goroutine but main may run on it, which only waits for the others.
 	runtime.LockOSThread()
 }
 

@@ -29,26 +29,27 @@ func Main(program func(ctx context.Context) error) int {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
 	done := make(chan struct{})
+	// Not on this goroutine, which may be bound to a thread: that makes each wait of it four times as dear.
 	var group errgroup.Group
 	group.Go(func() error {
-		for received := 0; ; received++ {
-			select {
-			case s := <-signals:
-				if received > 0 {
-					fmt.Fprintln(os.Stderr, "jetfarm: second signal: stopping at once")
-					os.Exit(1)
-				}
-				cancel(fmt.Errorf("%w: %v", ErrStopped, s))
-			case <-done:
-				return nil
-			}
-		}
+		defer close(done)
+		return program(ctx)
 	})
-	err := program(ctx)
+	for received, running := 0, true; running; {
+		select {
+		case s := <-signals:
+			if received++; received > 1 {
+				fmt.Fprintln(os.Stderr, "jetfarm: second signal: stopping at once")
+				os.Exit(1)
+			}
+			cancel(fmt.Errorf("%w: %v", ErrStopped, s))
+		case <-done:
+			running = false
+		}
+	}
+	err := group.Wait()
 	signal.Stop(signals)
-	close(done)
 	cancel(err)
-	err = errors.Join(err, group.Wait())
 	switch {
 	case err == nil, errors.Is(err, ErrStopped):
 		return 0
