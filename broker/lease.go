@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
@@ -36,8 +37,10 @@ type Lease struct {
 	record  *record // as of the job; Begin replaces it
 	ack     string  // the subject that settles the message
 	first   bool    // whether this is the first delivery
-	begun   uint64  // the revision that Begin wrote
+	limit   time.Duration
+	begun   uint64 // the revision that Begin wrote
 	watcher *watcher
+	over    atomic.Bool // whether it is renewed no more
 }
 
 // Job returns what to run.
@@ -66,10 +69,16 @@ func (l *Lease) Attempt() int {
 // when a worker is shut down.
 func (l *Lease) Tries() int { return len(l.record.Failures) + 1 }
 
+// Limit says how long the attempt may take at most, and is called before Begin. What takes longer is taken
+// from the worker, which counts as a failure of it. Without a limit a worker that hangs and goes on
+// renewing its leases keeps the operation.
+func (l *Lease) Limit(d time.Duration) { l.limit = d }
+
 // Begin puts the operation into the stage EXECUTING under a new attempt, which ends every earlier
 // one. ErrLost says that there is nothing to run, since the operation has ended, or ends now because too
-// many workers have died with it; the lease is over then.
-func (l *Lease) Begin(ctx context.Context) error {
+// many workers have died with it; the lease is over then. After an error it is not renewed any more.
+func (l *Lease) Begin(ctx context.Context) (err error) {
+	defer func() { l.over.Store(err != nil) }()
 	w, err := l.q.c.watcher(l.record.Operation)
 	if err != nil {
 		return err
@@ -105,7 +114,7 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 		}
 		tried = r.Attempt + 1
 		r.Attempt, r.Worker, r.Stage, r.Note, r.Revision = r.Attempt+1, l.q.self.Name, repb.ExecutionStage_EXECUTING, "", 0
-		r.ActionData = nil // the job still has it
+		r.Limit, r.ActionData = l.limit, nil // the job still has the action
 		return nil
 	}
 	if l.first {
@@ -128,14 +137,15 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 
 // Guard blocks until ctx ends, whose cause it returns, or the lease is over: ErrCancelled when the
 // operation was cancelled, which Guard itself does when nobody has watched it for a while, ErrLost when
-// another attempt began or ended it. It follows Begin and must have returned before Settle or Return is
+// another attempt began or ended it, or it was taken from this worker. A lease that is over is not renewed
+// any more. Guard follows Begin and must have returned before Settle or Return is
 // called.
-func (l *Lease) Guard(ctx context.Context) error {
+func (l *Lease) Guard(ctx context.Context) (err error) {
+	defer func() { l.over.Store(errors.Is(err, ErrLost) || errors.Is(err, ErrCancelled)) }()
 	op := &Operation{Name: l.record.Operation, Revision: l.begun}
 	var deserted time.Time
 	for {
 		last := op.Revision
-		var err error
 		op, err = l.watcher.next(ctx, op)
 		if err == nil && op.Revision == last { // a heartbeat
 			deserted = l.deserted(ctx, deserted)
@@ -155,6 +165,8 @@ func (l *Lease) Guard(ctx context.Context) error {
 			return ErrCancelled
 		case op.Done() || op.Attempt != l.record.Attempt:
 			return fmt.Errorf("%w: attempt %d on %s took over", ErrLost, op.Attempt, op.Worker)
+		case op.Stage != repb.ExecutionStage_EXECUTING:
+			return fmt.Errorf("%w: %s", ErrLost, op.Note)
 		}
 	}
 }
@@ -212,7 +224,7 @@ func (l *Lease) settle(ctx context.Context, o Outcome) error {
 		switch {
 		case r.done() && r.Attempt == l.record.Attempt && r.Worker == l.q.self.Name && bytes.Equal(r.response, o.Response):
 			return errUnchanged // an earlier try whose answer was lost
-		case r.done() || r.Attempt != l.record.Attempt:
+		case r.done() || r.Attempt != l.record.Attempt || r.Stage != repb.ExecutionStage_EXECUTING:
 			return ErrLost
 		}
 		finish(r)

@@ -14,6 +14,7 @@ const (
 	mendedStuck    = "stuck"    // a job that the broker did not deliver any more
 	mendedLeft     = "left"     // a job of an operation that has ended
 	mendedFlight   = "flight"   // a flight of an operation that has ended
+	mendedHung     = "hung"     // an attempt that its worker did not end in time
 	mendedConsumer = "consumer" // a pool that nobody could take from
 )
 

@@ -113,6 +113,7 @@ type record struct {
 	Attempt         int                       `json:"attempt,omitempty"`
 	Failures        []Failure                 `json:"failures,omitempty"`
 	Worker          string                    `json:"worker,omitempty"`
+	Limit           time.Duration             `json:"limit,omitempty"` // of how long the attempt may take
 	Queued          time.Time                 `json:"queued"`
 	Updated         time.Time                 `json:"updated"`
 	Pool            string                    `json:"pool"`

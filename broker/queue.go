@@ -145,6 +145,9 @@ func (q *Queue) renew(ctx context.Context) {
 	}
 	q.mu.Unlock()
 	for _, l := range leases {
+		if l.over.Load() {
+			continue
+		}
 		if err := q.c.nc.Publish(l.ack, []byte(ackInProgress)); err != nil {
 			q.c.log.WarnContext(ctx, "renew lease", "operation", l.record.Operation, "err", err)
 		}
@@ -346,7 +349,7 @@ func (q *Queue) lease(ctx context.Context, msg *nats.Msg) (*Lease, error) {
 	if err != nil {
 		return nil, fmt.Errorf("job %s: %w", r.Operation, err)
 	}
-	if metadata.NumDelivered > 1 && q.shuns(ctx, r) {
+	if (metadata.NumDelivered > 1 || len(r.Failures) > 0) && q.shuns(ctx, r) {
 		q.c.nakAfter(ctx, msg.Reply, shunDelay)
 		return nil, nil //nolint:nilnil // no job for this worker
 	}

@@ -184,11 +184,18 @@ func (c *Client) unstick(ctx context.Context, sequence uint64) error {
 
 // removeJob removes a message of the queue, also one that a worker has.
 func (c *Client) removeJob(ctx context.Context, sequence uint64) {
+	if err := c.deleteJob(ctx, sequence); err != nil {
+		c.log.WarnContext(ctx, "remove job", "sequence", sequence, "err", err)
+	}
+}
+
+func (c *Client) deleteJob(ctx context.Context, sequence uint64) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)
 	defer cancel()
 	if err := c.jobs.DeleteMsg(ctx, sequence); err != nil && !isGone(err) {
-		c.log.WarnContext(ctx, "remove job", "sequence", sequence, "err", err)
+		return unavailable(cause(ctx, err))
 	}
+	return nil
 }
 
 // flights looks at flights that are old enough to have left something undone.
@@ -212,7 +219,7 @@ func (r *reconciler) flights(ctx context.Context) error {
 
 // landed mends what an operation whose flight is still there lacks.
 func (c *Client) landed(ctx context.Context, operation string, flight *jetstream.RawStreamMsg) error {
-	r, revision, err := c.read(ctx, operation)
+	r, stored, err := c.stored(ctx, operation)
 	switch {
 	case errors.Is(err, ErrNotFound) && time.Since(flight.Time) > flightGrace, err == nil && r.done():
 		if r != nil {
@@ -229,6 +236,8 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 		return err
 	case err != nil:
 		return c.endUnreadable(ctx, operation)
+	case c.overdue(ctx, r, stored.Time):
+		return c.takeFromWorker(ctx, r)
 	}
 	for _, at := range []struct { // in the order in which a job moves
 		stream  jetstream.Stream
@@ -238,7 +247,7 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 			return err
 		}
 	}
-	op, err := r.snapshot(revision)
+	op, err := r.snapshot(stored.Sequence)
 	if err != nil {
 		return c.endUnreadable(ctx, operation)
 	}

@@ -18,21 +18,30 @@ var errConflict = errors.New("wrong last sequence")
 
 // read returns the record of an operation and its revision. The error wraps ErrNotFound.
 func (c *Client) read(ctx context.Context, operation string) (*record, uint64, error) {
+	r, msg, err := c.stored(ctx, operation)
+	if err != nil {
+		return nil, 0, err
+	}
+	return r, msg.Sequence, nil
+}
+
+// stored is read with the message that has the record.
+func (c *Client) stored(ctx context.Context, operation string) (*record, *jetstream.RawStreamMsg, error) {
 	if !validName(operation) {
-		return nil, 0, fmt.Errorf("%w: %.64q", ErrNotFound, operation)
+		return nil, nil, fmt.Errorf("%w: %.64q", ErrNotFound, operation)
 	}
 	msg, err := c.last(ctx, c.operations, operationSubject+operation)
 	if err != nil {
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
-			return nil, 0, fmt.Errorf("%w: %s", ErrNotFound, operation)
+			return nil, nil, fmt.Errorf("%w: %s", ErrNotFound, operation)
 		}
-		return nil, 0, fmt.Errorf("read operation %s: %w", operation, err)
+		return nil, nil, fmt.Errorf("read operation %s: %w", operation, err)
 	}
 	r, err := decodeRecord(msg.Data)
 	if err != nil {
-		return nil, 0, fmt.Errorf("operation %s: %w", operation, err)
+		return nil, nil, fmt.Errorf("operation %s: %w", operation, err)
 	}
-	return r, msg.Sequence, nil
+	return r, msg, nil
 }
 
 // last returns the last message of a subject, or jetstream.ErrMsgNotFound.

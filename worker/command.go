@@ -155,6 +155,21 @@ func (w *Worker) timeout(d *durationpb.Duration) (time.Duration, error) {
 	return timeout, nil
 }
 
+// limit is how long an attempt takes at most if none of its steps hangs: each has a timeout of its own, and
+// what has none, such as cleaning up, shares the grace. An action that did not come with its job may have
+// any timeout.
+func (w *Worker) limit(spec *broker.Job) time.Duration {
+	timeout := w.cfg.MaxTimeout
+	var action repb.Action
+	if len(spec.ActionData) > 0 && proto.Unmarshal(spec.ActionData, &action) == nil {
+		if t, err := w.timeout(action.GetTimeout()); err == nil {
+			timeout = t
+		}
+	}
+	// Fetching is reading the input tree and then laying it out; a large response is uploaded after the outputs.
+	return timeout + 2*w.cfg.FetchTimeout + 2*w.cfg.UploadTimeout + w.cfg.Grace
+}
+
 // command checks a command by itself (rows EXV-3 to EXV-17).
 func (t *task) command(c *repb.Command) (err error) {
 	if len(c.GetArguments()) == 0 || c.GetArguments()[0] == "" {

@@ -37,6 +37,10 @@ type Config struct {
 	// FetchTimeout bounds reading and laying out the inputs of one action, UploadTimeout collecting and
 	// uploading its outputs; 15 min by default.
 	FetchTimeout, UploadTimeout time.Duration
+	// Grace is how much longer than all its timeouts an attempt may take before the farm takes it from this
+	// worker, and how long a job may go on whose lease is over before the worker is out of order; 5 min by
+	// default.
+	Grace time.Duration
 	// MaxLog bounds standard output and standard error, each, in bytes; 64 MiB by default. An action
 	// that writes more is killed.
 	MaxLog int64
@@ -55,6 +59,7 @@ const (
 	defaultMaxTimeout = 24 * time.Hour
 	defaultTimeout    = time.Hour
 	defaultStage      = 15 * time.Minute
+	defaultGrace      = 5 * time.Minute
 	defaultMaxLog     = 64 << 20
 )
 
@@ -69,7 +74,10 @@ func (c *Config) complete() error {
 		value    *time.Duration
 		standard time.Duration
 	}{
-		{&c.MaxTimeout, defaultMaxTimeout}, {&c.FetchTimeout, defaultStage}, {&c.UploadTimeout, defaultStage},
+		{&c.MaxTimeout, defaultMaxTimeout},
+		{&c.FetchTimeout, defaultStage},
+		{&c.UploadTimeout, defaultStage},
+		{&c.Grace, defaultGrace},
 	} {
 		if *d.value == 0 {
 			*d.value = d.standard

@@ -46,6 +46,8 @@ var (
 	errOutOfOrder = errors.New("the worker is out of order")
 	// errLowDisk reports a file system that has no room for actions.
 	errLowDisk = errors.New("the disk is full")
+	// errStuck reports a job that goes on although it was told to end.
+	errStuck = errors.New("a job can't be ended")
 )
 
 // health counts what a worker fails at.
@@ -56,6 +58,7 @@ type health struct {
 	mu       sync.Mutex
 	failures int                     // guarded by mu; jobs in a row
 	rounds   int                     // guarded by mu; how often it was out since a job succeeded
+	stuckNow int                     // guarded by mu; jobs that can't be ended
 	trouble  string                  // guarded by mu; why it is out, or ""
 	stop     context.CancelCauseFunc // guarded by mu; ends what waits for a job, or nil
 }
@@ -95,6 +98,28 @@ func (h *health) leave(ctx context.Context, why string) {
 		h.metrics.outOfOrder.Set(1)
 		h.queue.SetTrouble(ctx, why)
 	}
+}
+
+// stuck notes a job that goes on although it was told to end, and takes the worker out as long as it does:
+// what does not answer one job will not answer the next.
+func (h *health) stuck(ctx context.Context, operation string) {
+	h.mu.Lock()
+	h.stuckNow++
+	h.mu.Unlock()
+	h.leave(ctx, fmt.Sprintf("%v: operation %s", errStuck, operation))
+}
+
+// unstuck notes that one of them has ended after all.
+func (h *health) unstuck() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.stuckNow--
+}
+
+func (h *health) isStuck() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.stuckNow > 0
 }
 
 // back makes it take jobs again. The next failure of its own takes it out at once.
@@ -176,6 +201,9 @@ func (w *Worker) recover(ctx context.Context, slot *sandbox.Slot) error {
 
 // probe does what jobs need to be done on this machine: room, a workspace, the sandbox.
 func (w *Worker) probe(slot *sandbox.Slot) (err error) {
+	if w.health.isStuck() {
+		return errStuck
+	}
 	if err := w.dirs.lowDisk(); err != nil {
 		return err
 	}

@@ -46,9 +46,11 @@ func (j *job) do(ctx context.Context) {
 }
 
 // guarded runs the job under its lease: the job's context ends when the lease does.
-func (j *job) guarded(ctx context.Context) (response *repb.ExecuteResponse, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
+func (j *job) guarded(outer context.Context) (response *repb.ExecuteResponse, err error) {
+	ctx, cancel := context.WithCancelCause(outer)
 	defer cancel(errFinished)
+	ended := make(chan struct{})
+	j.lease.Limit(j.w.limit(j.spec))
 	var g errgroup.Group
 	g.Go(func() error {
 		cancel(contain.Panics(func() error {
@@ -58,6 +60,7 @@ func (j *job) guarded(ctx context.Context) (response *repb.ExecuteResponse, err 
 			close(j.begun)
 			return j.lease.Guard(ctx)
 		})())
+		j.awaitEnd(outer, ended)
 		return nil
 	})
 	defer func() {
@@ -65,6 +68,7 @@ func (j *job) guarded(ctx context.Context) (response *repb.ExecuteResponse, err 
 		if cause := context.Cause(ctx); cause != nil && err != nil && !errors.Is(err, cause) {
 			err = errors.Join(cause, err)
 		}
+		close(ended)
 		cancel(errFinished)
 		err = errors.Join(err, g.Wait())
 	}()
@@ -73,6 +77,20 @@ func (j *job) guarded(ctx context.Context) (response *repb.ExecuteResponse, err 
 		return err
 	})()
 	return response, err
+}
+
+// awaitEnd waits for the end of a job that was told to end. When it does not the worker is out of order.
+func (j *job) awaitEnd(ctx context.Context, ended <-chan struct{}) {
+	timer := time.NewTimer(j.w.cfg.Grace)
+	defer timer.Stop()
+	select {
+	case <-ended:
+		return
+	case <-timer.C:
+	}
+	j.w.health.stuck(ctx, j.spec.Operation)
+	<-ended
+	j.w.health.unstuck()
 }
 
 // run returns what the client gets. Every error is the farm's.

@@ -68,8 +68,13 @@ type farm struct {
 
 func newFarm(t testing.TB) *farm {
 	t.Helper()
+	return newFarmWith(t, broker.Config{})
+}
+
+func newFarmWith(t testing.TB, cfg broker.Config) *farm {
+	t.Helper()
 	f := &farm{t: t, broker: brokertest.Start(t), log: slog.New(slog.NewTextHandler(t.Output(), nil))}
-	f.client = f.broker.Client(t)
+	f.client = f.broker.ClientWith(t, cfg)
 	nc := f.broker.Connect(t)
 	store, err := objectstore.Open(t.Context(), objectstore.Config{Small: nc, Bulk: nc, Log: f.log})
 	if err != nil {
