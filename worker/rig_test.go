@@ -131,9 +131,11 @@ func (f *farm) workerIn(dir, isolation string, change func(*worker.Config)) *run
 		Name: "worker-" + filepath.Base(dir), Dir: filepath.Join(dir, "actions"), Concurrency: 2, Isolation: isolation,
 		DrainTimeout: 5 * time.Second, Blobs: f.blobs, Disk: tier, Actions: f.cache, Log: f.log,
 	}
-	cfg.Queue = brokertest.Queue(f.t, f.client, broker.WorkerInfo{Name: cfg.Name, Slots: 2, Isolation: isolation})
 	if change != nil {
 		change(&cfg)
+	}
+	if cfg.Queue == nil {
+		cfg.Queue = brokertest.Queue(f.t, f.client, broker.WorkerInfo{Name: cfg.Name, Slots: 2, Isolation: isolation})
 	}
 	w, err := worker.New(cfg)
 	if err != nil {

@@ -20,7 +20,7 @@ import (
 
 // Cutter stands between one process and the server, and ends the process, as far as the server and all
 // others can see, at a message that the process sends: all its connections are cut and no new one is let
-// through. That is what a death between two steps looks like.
+// through. That is what a death between two steps looks like. Or it only cuts them, once, as a network does.
 type Cutter struct {
 	listener net.Listener
 	to       string
@@ -31,7 +31,9 @@ type Cutter struct {
 	at      func(subject string) bool // guarded by mu; nil before Arm
 	forward bool                      // guarded by mu; whether the message still arrives
 	clients []*nats.Conn              // guarded by mu; of the process
-	cut     chan struct{}             // closed at the cut
+	again   bool                      // guarded by mu; whether the process may connect again
+	hit     chan struct{}             // closed at the message
+	cut     chan struct{}             // closed when the process is dead
 
 	muted   atomic.Bool   // whether the process hears nothing any more
 	arrived chan struct{} // gets one when the server has answered since then
@@ -44,7 +46,7 @@ func (f *Farm) Cutter(t testing.TB) *Cutter {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &Cutter{listener: l, to: strings.TrimPrefix(f.URL(), "nats://"), cut: make(chan struct{}), arrived: make(chan struct{}, 1)}
+	c := &Cutter{listener: l, to: strings.TrimPrefix(f.URL(), "nats://"), hit: make(chan struct{}), cut: make(chan struct{}), arrived: make(chan struct{}, 1)}
 	c.group.Go(c.accept)
 	t.Cleanup(func() {
 		c.end()
@@ -66,8 +68,33 @@ func (c *Cutter) Arm(prefix string, after bool) {
 	c.at, c.forward = func(subject string) bool { return strings.HasPrefix(subject, prefix) }, after
 }
 
-// Cut is closed when the process is dead.
-func (c *Cutter) Cut() <-chan struct{} { return c.cut }
+// Survive makes the process live on after the cut: it may connect again.
+func (c *Cutter) Survive() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.again = true
+}
+
+// Cut is closed when the connections are cut.
+func (c *Cutter) Cut() <-chan struct{} { return c.hit }
+
+// sever cuts the connections at the message.
+func (c *Cutter) sever() {
+	c.mu.Lock()
+	again := c.again
+	if again {
+		for _, conn := range c.conns {
+			conn.Close() //nolint:errcheck // it is cut either way
+		}
+		c.conns, c.at = nil, nil
+		c.muted.Store(false) // what was muted is closed
+	}
+	c.mu.Unlock()
+	if !again {
+		c.end()
+	}
+	close(c.hit)
+}
 
 func (c *Cutter) end() {
 	c.mu.Lock()
@@ -183,6 +210,9 @@ func (c *Cutter) send(from, to net.Conn) {
 		c.mu.Lock()
 		hit := publishes && c.at != nil && c.at(fields[1])
 		forward := !hit || c.forward
+		if hit {
+			c.at = nil // another connection must not be hit as well
+		}
 		c.mu.Unlock()
 		message := append([]byte(line), payload...)
 		if hit && forward {
@@ -201,7 +231,7 @@ func (c *Cutter) send(from, to net.Conn) {
 				case <-c.cut:
 				}
 			}
-			c.end()
+			c.sever()
 			return
 		}
 	}
