@@ -122,6 +122,7 @@ func (c *Client) Dead(ctx context.Context, limit int) (ops []*Operation, more bo
 // be watched. The error wraps ErrNotFound when there is no letter of that operation, or is Submit's, in
 // which case the letter stays.
 func (c *Client) Retry(ctx context.Context, operation string) (name string, err error) {
+	operation = OperationOf(operation)
 	if !validName(operation) {
 		return "", fmt.Errorf("%w: %.64q", ErrNotFound, operation)
 	}

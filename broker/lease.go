@@ -79,7 +79,7 @@ func (l *Lease) Limit(d time.Duration) { l.limit = d }
 // many workers have died with it; the lease is over then. After an error it is not renewed any more.
 func (l *Lease) Begin(ctx context.Context) (err error) {
 	defer func() { l.over.Store(err != nil) }()
-	w, err := l.q.c.watcher(l.record.Operation)
+	w, err := l.q.c.watcher(l.record.Operation, "")
 	if err != nil {
 		return err
 	}
@@ -114,7 +114,7 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 		}
 		tried = r.Attempt + 1
 		r.Attempt, r.Worker, r.Stage, r.Note, r.Revision = r.Attempt+1, l.q.self.Name, repb.ExecutionStage_EXECUTING, "", 0
-		r.Limit, r.ActionData = l.limit, nil // the job still has the action
+		r.Limit, r.Began, r.ActionData = l.limit, time.Time{}, nil // the job still has the action
 		return nil
 	}
 	if l.first {

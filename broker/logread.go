@@ -44,13 +44,14 @@ const (
 // offset as soon as the new attempt has written as much. The last value is a part with Done, or an error,
 // which wraps ErrNotFound or is context.Cause(ctx); without follow there may be neither. A reader
 // does not count as somebody who waits for the operation. A reader that is slow holds nothing up.
-func (c *Client) Log(ctx context.Context, operation string, stream LogStream, offset int64, follow bool) iter.Seq2[LogPart, error] {
+func (c *Client) Log(ctx context.Context, name string, stream LogStream, offset int64, follow bool) iter.Seq2[LogPart, error] {
 	return func(yield func(LogPart, error) bool) {
-		if !validName(operation) {
-			yield(LogPart{}, fmt.Errorf("%w: %.64q", ErrNotFound, operation))
+		operation, _, ok := parseName(name)
+		if !ok {
+			yield(LogPart{}, fmt.Errorf("%w: %.64q", ErrNotFound, name))
 			return
 		}
-		w, err := c.watcher(operation)
+		w, err := c.watcher(operation, "")
 		if err != nil {
 			yield(LogPart{}, err)
 			return

@@ -66,12 +66,6 @@ func (c *Client) following(ctx context.Context, s jetstream.Stream, sequence uin
 	return msg, err
 }
 
-// Cancel ends an operation with the status CANCELLED for everyone who watches it. A queued one will
-// not run, a running one is killed by its worker. It is nil when the operation is already done.
-func (c *Client) Cancel(ctx context.Context, operation string) error {
-	return c.end(ctx, operation, code.Code_CANCELLED, "the operation was cancelled")
-}
-
 // end makes an operation terminal with a status and no result, unless it is done.
 func (c *Client) end(ctx context.Context, operation string, status code.Code, message string) error {
 	return c.endIf(ctx, operation, status, message, func(*record) bool { return true })
@@ -79,18 +73,26 @@ func (c *Client) end(ctx context.Context, operation string, status code.Code, me
 
 // endIf is end on a condition.
 func (c *Client) endIf(ctx context.Context, operation string, status code.Code, message string, condition func(*record) bool) error {
-	rec, _, err := c.update(ctx, operation, func(r *record) error {
+	return c.endBy(ctx, operation, func(r *record) error {
 		if r.done() || !condition(r) {
 			return errUnchanged
 		}
 		r.finish(status, message)
 		return nil
 	})
+}
+
+// endBy makes a change that may end an operation, and removes what an ended one leaves.
+func (c *Client) endBy(ctx context.Context, operation string, change func(*record) error) error {
+	rec, _, err := c.update(ctx, operation, change)
 	if errors.Is(err, errUnchanged) {
 		return nil
 	}
 	if err != nil {
 		return err
+	}
+	if !rec.done() {
+		return nil
 	}
 	ctx, cancel := detach(ctx, settleBound)
 	defer cancel()
@@ -113,9 +115,11 @@ func (c *Client) endIf(ctx context.Context, operation string, status code.Code, 
 	return nil
 }
 
-// Delete forgets a finished operation, or one that still runs, without cancelling it.
-func (c *Client) Delete(ctx context.Context, operation string) error {
-	if _, _, err := c.read(ctx, operation); err != nil {
+// Delete forgets a finished operation, or one that still runs, without cancelling it. It is forgotten for all
+// who wait for it.
+func (c *Client) Delete(ctx context.Context, name string) error {
+	operation := OperationOf(name)
+	if _, err := c.Get(ctx, name); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, requestTimeout, ErrUnavailable)

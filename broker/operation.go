@@ -41,6 +41,8 @@ const MaxResponse = 900 << 10
 type Operation struct {
 	// Name is the operation's name: unguessable, and valid as one subject token.
 	Name string
+	// Waiter is which of those that wait for the operation this is the state for; "" is all of them.
+	Waiter string
 	// Action is the digest of the action; its space gives the instance and the digest function.
 	Action digest.Digest
 	Stage  repb.ExecutionStage_Value
@@ -127,13 +129,19 @@ type record struct {
 	Invocation      string                    `json:"invocation,omitempty"`
 	Flight          uint64                    `json:"flight,omitempty"`
 	Unattended      bool                      `json:"unattended,omitempty"`
-	Note            string                    `json:"note,omitempty"`
-	ResponseBlob    *blobRef                  `json:"response_blob,omitempty"`
-	Logs            *logRefs                  `json:"logs,omitempty"`
+	Waiters         []string                  `json:"waiters,omitempty"`      // who were given a name
+	MoreWaiters     bool                      `json:"more_waiters,omitempty"` // whether there are others than these
+	Cancels         []string                  `json:"cancels,omitempty"`      // the waiters that have cancelled
+	// Began is when the attempt began, by the broker's clock, once its record was changed for a waiter.
+	Began        time.Time `json:"began,omitzero"`
+	Note         string    `json:"note,omitempty"`
+	ResponseBlob *blobRef  `json:"response_blob,omitempty"`
+	Logs         *logRefs  `json:"logs,omitempty"`
 	// Revision is set in jobs only; a record's own revision is its stream sequence.
 	Revision uint64 `json:"revision,omitempty"`
 
 	response []byte
+	stored   time.Time // by the broker's clock
 }
 
 func (r *record) done() bool { return r.Stage == repb.ExecutionStage_COMPLETED }
@@ -193,13 +201,13 @@ const nameLength = 26
 // newName returns a fresh operation name with 130 random bits.
 func newName() string { return rand.Text() }
 
-// validName tells whether name has the form that newName gives. Others are not found without asking,
-// so nothing that a client sends becomes part of a subject.
+// validName tells whether name has the form that newName gives.
 func validName(name string) bool {
-	if len(name) != nameLength {
-		return false
-	}
-	for _, c := range []byte(name) {
+	return len(name) == nameLength && isBase32(name)
+}
+
+func isBase32(text string) bool {
+	for _, c := range []byte(text) {
 		if (c < 'A' || c > 'Z') && (c < '2' || c > '7') {
 			return false
 		}

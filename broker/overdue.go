@@ -16,7 +16,8 @@ import (
 
 // overdue tells whether an attempt should have ended by now. Both times are the broker's: the clock of a
 // worker, or of this process, may be wrong by more than an action takes.
-func (c *Client) overdue(ctx context.Context, r *record, began time.Time) bool {
+func (c *Client) overdue(ctx context.Context, r *record) bool {
+	began := r.began()
 	if r.Stage != repb.ExecutionStage_EXECUTING || r.Limit <= 0 || time.Since(began) <= r.Limit {
 		return false
 	}
@@ -24,6 +25,14 @@ func (c *Client) overdue(ctx context.Context, r *record, began time.Time) bool {
 	defer cancel()
 	info, err := c.operations.Info(ctx)
 	return err == nil && info.TimeStamp.Sub(began) > r.Limit
+}
+
+// began is when an attempt began, by the broker's clock.
+func (r *record) began() time.Time {
+	if r.Began.IsZero() {
+		return r.stored
+	}
+	return r.Began
 }
 
 // takeFromWorker ends the attempt in r as a failure of its worker and queues the operation anew. The job

@@ -175,3 +175,28 @@ func TestDeathWhileTakingAnAttempt(t *testing.T) {
 		})
 	}
 }
+
+// TestX_118_X_111_WaitersDoNotKeepWhatHangs: clients that join an attempt and cancel do not make it begin anew.
+func TestX_118_X_111_WaitersDoNotKeepWhatHangs(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := reconciling(t, farm)
+	q := brokertest.Queue(t, c, worker("hung"))
+	request := broker.Request{Action: action(1)}
+	operation := submit(t, c, request)
+	l := beginWithin(t, q, time.Second)
+	defer l.Drop(t.Context())
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	eventually(t, "the end of the attempt", func() bool {
+		<-tick.C
+		for op, err := range c.Execute(t.Context(), request) {
+			if err == nil && !op.Done() {
+				err = c.Cancel(t.Context(), op.WaiterName())
+			}
+			if err != nil || broker.OperationOf(op.WaiterName()) != operation {
+				t.Fatalf("Execute = %+v, %v, want a waiter of %s", op, err, operation)
+			}
+		}
+		return len(must(c.Get(t.Context(), operation)).Failures) == 1
+	})
+}

@@ -236,7 +236,7 @@ func (c *Client) landed(ctx context.Context, operation string, flight *jetstream
 		return err
 	case err != nil:
 		return c.endUnreadable(ctx, operation)
-	case c.overdue(ctx, r, stored.Time):
+	case c.overdue(ctx, r):
 		return c.takeFromWorker(ctx, r)
 	}
 	for _, at := range []struct { // in the order in which a job moves

@@ -41,6 +41,7 @@ func (c *Client) stored(ctx context.Context, operation string) (*record, *jetstr
 	if err != nil {
 		return nil, nil, fmt.Errorf("operation %s: %w", operation, err)
 	}
+	r.stored = msg.Time
 	return r, msg, nil
 }
 

@@ -57,7 +57,7 @@ func TestPayloads(t *testing.T) {
 
 // FuzzName: whatever a client sends as a name is not found, and is never part of a subject.
 func FuzzName(f *testing.F) {
-	for _, name := range []string{"", "nope", "jetfarm.op.*", ">", "ABCDEFGHIJKLMNOPQRSTUVWXY.", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"} {
+	for _, name := range []string{"", "nope", "jetfarm.op.*", ">", "ABCDEFGHIJKLMNOPQRSTUVWXY.", "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "ABCDEFGHIJKLMNOPQRSTUVWXYZ-ABCDEFGHIJKLM", "ABCDEFGHIJKLMNOPQRSTUVWXYZ-", "A-ABCDEFGHIJKLM"} {
 		f.Add(name)
 	}
 	farm := brokertest.Start(f)

@@ -52,7 +52,7 @@ const maxInvocation = 128
 const flightGrace = 10 * time.Second
 
 // Submit queues an action and returns the name of its operation, or of an equal one in flight, which
-// runs for both. Once it returns a name, the operation ends in a terminal state whatever happens to
+// runs for both. By this name nobody cancels for himself alone. Once it returns a name, the operation ends in a terminal state whatever happens to
 // this process. The error wraps ErrInvalid, ErrNoWorker, ErrTooManyPools, ErrQueueFull or
 // ErrUnavailable, or is Confirm's.
 func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
@@ -65,20 +65,22 @@ func (c *Client) Submit(ctx context.Context, r Request) (operation string, err e
 	return rec.Operation, err
 }
 
-// Execute is Submit and then Watch, without the read of a record that this client has just written.
+// Execute is Submit and then Watch under the name of a new waiter, without the read of a record that this
+// client has just written.
 func (c *Client) Execute(ctx context.Context, r Request) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
 		rec := newRecord(r)
+		rec.Waiters = []string{newWaiter()}
 		joined, err := c.claim(ctx, rec, r)
 		if err == nil && joined != "" {
-			c.Watch(ctx, joined)(yield)
+			c.watch(ctx, joined, rec.Waiters[0], yield)
 			return
 		}
 		if err != nil {
 			yield(nil, err)
 			return
 		}
-		w, err := c.watcher(rec.Operation)
+		w, err := c.watcher(rec.Operation, rec.Waiters[0])
 		if err != nil {
 			c.releaseFlight(ctx, rec)
 			yield(nil, err)
@@ -142,7 +144,7 @@ func (c *Client) enqueue(ctx context.Context, rec *record) (*Operation, error) {
 		job := *rec
 		job.Revision = revision
 		if err = queue(ctx, &job); err == nil {
-			return rec.snapshot(revision)
+			return rec.snapshotFor(rec.waiter(), revision)
 		}
 	}
 	ended, err := c.abandon(ctx, rec, err)
@@ -313,22 +315,37 @@ func (c *Client) claimFlight(ctx context.Context, rec *record) (joined string, e
 			rec.Flight = other.Sequence
 			return "", nil
 		default:
-			expected = 0
-			r, _, err := c.read(ctx, string(other.Data))
-			switch {
-			case err == nil && !r.done():
-				return r.Operation, nil
-			case err == nil, errors.Is(err, ErrNotFound) && time.Since(other.Time) > flightGrace:
+			joined, over, err := c.joinFlight(ctx, rec, other)
+			if err != nil || joined != "" {
+				return joined, err
+			}
+			if expected = 0; over {
 				expected = other.Sequence
 				continue
-			case !errors.Is(err, ErrNotFound):
-				return "", err
 			}
 		}
 		if err := pause(ctx, attempt); err != nil {
 			return "", err
 		}
 	}
+}
+
+// joinFlight makes rec's waiter one of the operation that is in flight, and returns its name; or tells that the
+// flight is over.
+func (c *Client) joinFlight(ctx context.Context, rec *record, flight *jetstream.RawStreamMsg) (joined string, over bool, err error) {
+	r, revision, err := c.read(ctx, string(flight.Data))
+	if errors.Is(err, ErrNotFound) {
+		return "", time.Since(flight.Time) > flightGrace, nil
+	}
+	if err != nil {
+		return "", false, err
+	}
+	operation := r.Operation
+	goesOn, err := c.join(ctx, r, revision, rec.waiter())
+	if err != nil || !goesOn {
+		return "", err == nil, err
+	}
+	return operation, false, nil
 }
 
 // maxFlightTries outlasts flightGrace.
@@ -358,11 +375,16 @@ var errUnchanged = errors.New("unchanged")
 
 // finish makes r terminal with a status and no result.
 func (r *record) finish(c code.Code, message string) {
+	r.Stage, r.response, r.ResponseBlob, r.Note = repb.ExecutionStage_COMPLETED, statusResponse(c, message), nil, message
+}
+
+// statusResponse is a serialized ExecuteResponse that has a status only.
+func statusResponse(c code.Code, message string) []byte {
 	response, err := proto.Marshal(&repb.ExecuteResponse{Status: &status.Status{Code: int32(c), Message: message}})
 	if err != nil {
 		panic(fmt.Sprintf("marshal a status: %v", err)) // the message is ours and valid UTF-8
 	}
-	r.Stage, r.response, r.ResponseBlob, r.Note = repb.ExecutionStage_COMPLETED, response, nil, message
+	return response
 }
 
 func isUnavailable(err error) bool { return errors.Is(err, ErrUnavailable) }

@@ -14,35 +14,50 @@ import (
 // do, the watcher reads the record instead, so the number bounds memory and nothing else.
 const watchBuffer = 8
 
-// Get returns the current state of an operation. The error wraps ErrNotFound or ErrUnavailable.
-func (c *Client) Get(ctx context.Context, operation string) (*Operation, error) {
+// Get returns the current state of an operation, or as one of its waiters sees it. The error wraps ErrNotFound
+// or ErrUnavailable.
+func (c *Client) Get(ctx context.Context, name string) (*Operation, error) {
+	operation, waiter, ok := parseName(name)
+	if !ok {
+		return nil, fmt.Errorf("%w: %.64q", ErrNotFound, name)
+	}
+	return c.get(ctx, operation, waiter)
+}
+
+func (c *Client) get(ctx context.Context, operation, waiter string) (*Operation, error) {
 	r, revision, err := c.read(ctx, operation)
 	if err != nil {
 		return nil, err
 	}
-	return r.snapshot(revision)
+	return r.snapshotFor(waiter, revision)
 }
 
-// Watch yields the current state of an operation at once and then newer ones as they come. A consumer
+// Watch yields the current state of an operation, or as one of its waiters sees it, at once and then newer ones
+// as they come. A consumer
 // that is slow misses states in between, never the terminal one, which is the last value. A state
 // that does not change is repeated every Config.Heartbeat, after it was read again. An error is
 // the last value too: it wraps ErrNotFound for an operation that does not exist or was deleted, and
 // context.Cause(ctx) once ctx has ended. An unreachable broker is not an error: the watcher waits.
-func (c *Client) Watch(ctx context.Context, operation string) iter.Seq2[*Operation, error] {
+func (c *Client) Watch(ctx context.Context, name string) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
-		if !validName(operation) {
-			yield(nil, fmt.Errorf("%w: %.64q", ErrNotFound, operation))
+		operation, waiter, ok := parseName(name)
+		if !ok {
+			yield(nil, fmt.Errorf("%w: %.64q", ErrNotFound, name))
 			return
 		}
-		w, err := c.watcher(operation)
-		if err != nil {
-			yield(nil, err)
-			return
-		}
-		defer w.stop(ctx)
-		op, err := w.current(ctx)
-		w.follow(ctx, op, err, yield)
+		c.watch(ctx, operation, waiter, yield)
 	}
+}
+
+func (c *Client) watch(ctx context.Context, operation, waiter string, yield func(*Operation, error) bool) {
+	w, err := c.watcher(operation, waiter)
+	if err != nil {
+		yield(nil, err)
+		return
+	}
+	defer w.stop(ctx)
+	op, err := w.current(ctx)
+	w.follow(ctx, op, err, yield)
 }
 
 // follow yields op and what comes after it, or err.
@@ -83,6 +98,7 @@ func (w *watcher) hand(op *Operation, yield func(*Operation, error) bool) bool {
 type watcher struct {
 	c         *Client
 	operation string
+	waiter    string
 	messages  chan *nats.Msg
 	sub       *nats.Subscription
 	gap       <-chan struct{}
@@ -95,8 +111,8 @@ type watcher struct {
 
 // watcher subscribes. Whatever is stored after the server has seen the subscription arrives in
 // messages or is counted as dropped; a read on the same connection tells what was stored before.
-func (c *Client) watcher(operation string) (*watcher, error) {
-	w := &watcher{c: c, operation: operation, messages: make(chan *nats.Msg, watchBuffer), gap: c.gapped()}
+func (c *Client) watcher(operation, waiter string) (*watcher, error) {
+	w := &watcher{c: c, operation: operation, waiter: waiter, messages: make(chan *nats.Msg, watchBuffer), gap: c.gapped()}
 	var err error
 	if w.sub, err = c.nc.ChanSubscribe(statusSubject+operation, w.messages); err != nil {
 		return nil, unavailable(err)
@@ -113,7 +129,7 @@ func (w *watcher) stop(ctx context.Context) {
 // current reads the record, waiting for a broker that does not answer.
 func (w *watcher) current(ctx context.Context) (*Operation, error) {
 	for attempt := 0; ; attempt++ {
-		op, err := w.c.Get(ctx, w.operation)
+		op, err := w.c.get(ctx, w.operation, w.waiter)
 		if err == nil || ctx.Err() != nil || !isUnavailable(err) {
 			return op, err
 		}
@@ -187,7 +203,7 @@ func (w *watcher) newest(ctx context.Context, msg *nats.Msg) (*Operation, error)
 	if err != nil {
 		return nil, err
 	}
-	return r.snapshot(revision)
+	return r.snapshotFor(w.waiter, revision)
 }
 
 // lost tells whether the buffer overflowed since the last call.

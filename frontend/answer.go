@@ -30,7 +30,7 @@ type answers struct {
 func (a *answers) of(ctx context.Context, op *broker.Operation, want wants) (*longrunningpb.Operation, error) {
 	meta := a.metadata(op)
 	if !op.Done() {
-		return message(op.Name, meta, nil)
+		return message(op.WaiterName(), meta, nil)
 	}
 	response, err := a.response(ctx, op)
 	if err != nil {
@@ -39,7 +39,7 @@ func (a *answers) of(ctx context.Context, op *broker.Operation, want wants) (*lo
 	if err := a.inline.apply(ctx, op.Action.Space(), response.GetResult(), want); err != nil {
 		return nil, err
 	}
-	return a.bounded(op.Name, meta, response)
+	return a.bounded(op.WaiterName(), meta, response)
 }
 
 // response reads the ExecuteResponse of a done operation.

@@ -82,7 +82,8 @@ func (o *operations) summary(ctx context.Context, op *broker.Operation) (*longru
 	return message(op.Name, o.answers.metadata(op), short)
 }
 
-// CancelOperation ends an operation for all who wait for it; one that is done stays as it is.
+// CancelOperation ends an operation for whoever was given the name, and for all by the name in a listing; one
+// that is done stays as it is (rows LRO-3, X-111).
 func (o *operations) CancelOperation(ctx context.Context, req *longrunningpb.CancelOperationRequest) (*emptypb.Empty, error) {
 	return &emptypb.Empty{}, o.broker.Cancel(ctx, req.GetName())
 }

@@ -82,6 +82,7 @@ var sentinelCodes = []sentinelCode{ //nolint:gochecknoglobals // a table that no
 	{broker.ErrUnavailable, codes.Unavailable, true},
 	{broker.ErrQueueFull, codes.ResourceExhausted, true},
 	{broker.ErrTooManyPools, codes.ResourceExhausted, true},
+	{broker.ErrTooManyCancels, codes.ResourceExhausted, false},
 	{errDownloads, codes.ResourceExhausted, true},
 	{cas.ErrFull, codes.ResourceExhausted, false},
 	{cas.ErrNotKept, codes.InvalidArgument, false},

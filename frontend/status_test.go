@@ -60,6 +60,7 @@ func TestErrorMapping(t *testing.T) {
 		{frontend.ErrDownloads, codes.ResourceExhausted, true},
 		{broker.ErrQueueFull, codes.ResourceExhausted, true},
 		{broker.ErrTooManyPools, codes.ResourceExhausted, true},
+		{broker.ErrTooManyCancels, codes.ResourceExhausted, false},
 		{broker.ErrUnavailable, codes.Unavailable, true},
 		{broker.ErrNoWorker, codes.FailedPrecondition, false},
 		{broker.ErrLost, codes.Unavailable, true},

@@ -33,6 +33,7 @@ const (
 	logLeaves     = "600.0517"
 	logIsPrinted  = "600.0521"
 	logAtShutdown = "600.0523"
+	logIsShared   = "600.0529"
 )
 
 // A runningLog is an action that runs and the stream of its operation.
@@ -79,6 +80,32 @@ func (r *runningLog) cancel(t *testing.T) *repb.ExecuteResponse {
 		t.Fatal(err)
 	}
 	return response
+}
+
+// Row X-111: equal actions of two clients run once; when one client cancels, at any frontend, the other one's goes on,
+// and when both have, the command is killed.
+func TestX_111_CommandLivesUntilAllHaveCancelled(t *testing.T) {
+	f := startSplit(t, 2, 1)
+	a := shell(t, "shared", "sleep "+logIsShared)
+	one := begin(t, dial(t, f.endpoint(t)), a)
+	two := begin(t, dial(t, f.frontends[1].field(t, "grpc")), a)
+	if one.meta.GetStdoutStreamName() != two.meta.GetStdoutStreamName() {
+		t.Fatal("equal actions do not share a run")
+	}
+	pid, _ := awaitSleeper(t, logIsShared, f.workers...)
+	one.c, two.c = two.c, one.c
+	if got := codes.Code(one.cancel(t).GetStatus().GetCode()); got != codes.Canceled {
+		t.Errorf("who cancels is told %v", got)
+	}
+	quiet := time.NewTimer(3 * time.Second) // longer than a kill takes
+	<-quiet.C
+	if parent(pid) == 0 {
+		t.Fatal("the command is killed although somebody waits for it")
+	}
+	if got := codes.Code(two.cancel(t).GetStatus().GetCode()); got != codes.Canceled {
+		t.Errorf("who cancels last is told %v", got)
+	}
+	await(t, 5*time.Second, "end of the command that nobody wants", func() bool { return parent(pid) == 0 })
 }
 
 // A logReader reads a log stream.

@@ -154,7 +154,7 @@ func (c *OpsLs) print(out io.Writer, rows []opRow) error {
 // OpsShow shows an operation.
 type OpsShow struct {
 	queueFlags `embed:""`
-	Name       string `arg:"" help:"The operation's name."`
+	Name       string `arg:"" help:"The operation's name, or the one that a client was given: then what this client is told."`
 }
 
 func (c *OpsShow) run(ctx context.Context, p *process) error {
@@ -168,10 +168,14 @@ func (c *OpsShow) run(ctx context.Context, p *process) error {
 		if c.JSON {
 			return printJSON(p.out, struct {
 				opRow
+				Waiter  string `json:"waiter,omitempty"`
 				Outcome string `json:"outcome,omitempty"`
-			}{r, outcome})
+			}{r, op.Waiter, outcome})
 		}
 		t := newTable(p.out, "operation", r.Name)
+		if op.Waiter != "" {
+			t.row("as told to", "waiter "+op.Waiter)
+		}
 		t.row("stage", r.Stage)
 		t.row("why", orDash(r.Why))
 		t.row("outcome", orDash(outcome))
@@ -216,7 +220,7 @@ func outcomeOf(op *broker.Operation) string {
 // OpsCancel cancels operations.
 type OpsCancel struct {
 	queueFlags `embed:""`
-	Names      []string `arg:"" optional:"" help:"Names of operations."`
+	Names      []string `arg:"" optional:"" help:"Names of operations. They are cancelled for all who wait for them."`
 	Invocation string   `help:"Cancel what waits or runs for one invocation of the build tool." placeholder:"ID"`
 }
 
@@ -240,7 +244,7 @@ func (c *OpsCancel) run(ctx context.Context, p *process) error {
 		var errs []error
 		cancelled := 0
 		for _, name := range names {
-			if err := client.Cancel(ctx, name); err != nil {
+			if err := client.Cancel(ctx, broker.OperationOf(name)); err != nil {
 				errs = append(errs, fmt.Errorf("operation %s: %w", printable(name), err))
 				continue
 			}

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/jetfarm/jetfarm/broker"
 	"github.com/jetfarm/jetfarm/broker/brokertest"
 	"github.com/jetfarm/jetfarm/cas/castest"
@@ -80,6 +82,53 @@ func TestOpsDeadAndRetry(t *testing.T) {
 	l.Drop(t.Context())
 	if out, err = operate(t, farm, "ops", "retry", operation); err == nil || !strings.Contains(err.Error(), "ops dead") {
 		t.Errorf("a second retry printed %q, %v", out, err)
+	}
+}
+
+// TestOpsTakeNamesOfWaiters: the operator's commands take the names that clients were given, and what the operator
+// cancels ends for all of them (row X-111).
+func TestOpsTakeNamesOfWaiters(t *testing.T) {
+	farm := brokertest.Start(t)
+	c := farm.Client(t)
+	request := broker.Request{Action: castest.Space(t, "").Of([]byte("an action"))}
+	var waiters errgroup.Group
+	names := make(chan string, 2)
+	for range 2 {
+		waiters.Go(func() error {
+			named := false
+			for op, err := range c.Execute(t.Context(), request) {
+				if err != nil {
+					return err
+				}
+				if !named {
+					named = true
+					names <- op.WaiterName()
+				}
+			}
+			return nil
+		})
+	}
+	one, two := <-names, <-names
+	operation := broker.OperationOf(one)
+	if err := c.Cancel(t.Context(), one); err != nil {
+		t.Fatal(err)
+	}
+	for command, want := range map[string]string{
+		"ops show " + one: "CANCELLED", "ops show " + two: "QUEUED", "ops show " + operation: "QUEUED", "ops ls": operation, "ops logs " + one: "",
+	} {
+		out, err := operate(t, farm, strings.Fields(command)...)
+		if err != nil || !strings.Contains(out, want) || strings.Count(out, operation) > 1 {
+			t.Errorf("%s printed\n%s%v\nwant %q", command, out, err, want)
+		}
+	}
+	if out, err := operate(t, farm, "ops", "cancel", one); err != nil || out != "cancelled: 1\n" {
+		t.Errorf("ops cancel printed %q, %v", out, err)
+	}
+	if err := waiters.Wait(); err != nil {
+		t.Error(err)
+	}
+	if op, err := c.Get(t.Context(), two); err != nil || !op.Done() {
+		t.Errorf("after ops cancel the other waiter sees %+v, %v", op, err)
 	}
 }
 

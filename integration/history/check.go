@@ -9,6 +9,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/jetfarm/jetfarm/broker"
 )
 
 // maxTold bounds how many violations of one rule are told in full.
@@ -120,19 +122,26 @@ func checkStream(v *verdict, who string, s *Stream) {
 	}
 }
 
-// checkTerminals: whoever is told the end of an operation is told the same.
+// checkTerminals: whoever is told the end of an operation is told the same, and of a waiter's name always the
+// same. Waiters that have cancelled for themselves are told that.
 func (h *History) checkTerminals(v *verdict) {
 	first := map[string]*repb.ExecuteResponse{}
+	same := func(name string, response *repb.ExecuteResponse) {
+		if other, ok := first[name]; !ok {
+			first[name] = response
+		} else if !proto.Equal(other, response) {
+			v.add("two terminals", "operation %s: %v and %v", name, other, response)
+		}
+	}
 	for _, a := range h.Asks {
 		for _, s := range a.Streams {
 			for _, m := range s.Messages {
 				if !m.Done {
 					continue
 				}
-				if other, ok := first[m.Operation]; !ok {
-					first[m.Operation] = m.Response
-				} else if !proto.Equal(other, m.Response) {
-					v.add("two terminals", "operation %s: %v and %v", m.Operation, other, m.Response)
+				same(m.Operation, m.Response)
+				if operation := broker.OperationOf(m.Operation); operation != m.Operation && status.FromProto(m.Response.GetStatus()).Code() != codes.Canceled {
+					same(operation, m.Response)
 				}
 			}
 		}
@@ -189,7 +198,7 @@ func (h *History) checkRecords(v *verdict) {
 			for _, m := range s.Messages {
 				// What was answered at once, from the cache or by a refusal, is no operation of the broker.
 				if !m.Done || len(s.Messages) > 1 || s.Waited != "" {
-					heard[m.Operation] = true
+					heard[broker.OperationOf(m.Operation)] = true
 				}
 			}
 		}

@@ -176,3 +176,39 @@ func TestRetriedTerminalIsNoViolation(t *testing.T) {
 		t.Error(violation)
 	}
 }
+
+// Waiters of one operation have names of their own: they are told the same end, but for those that have cancelled.
+func TestWaitersOfOneOperation(t *testing.T) {
+	const operation = "OPERATIONOPERATIONOPERATIO"
+	other := proto.CloneOf(good)
+	other.Result.ExecutionMetadata.Worker = "w2"
+	told := func(waiter string, response *repb.ExecuteResponse) []*history.Stream {
+		m := done(response)
+		m.Operation = operation + "-" + waiter
+		first := executing()
+		first.Operation = m.Operation
+		return []*history.Stream{{Messages: []history.Message{first, m}}}
+	}
+	for _, test := range []struct {
+		name   string
+		second *repb.ExecuteResponse
+		want   string
+	}{
+		{"the same", good, ""},
+		{"another", other, "two terminals: operation " + operation},
+		{"cancelled", ended(codes.Canceled), "red: c2"}, // since nobody cancels in these histories
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			h := clean()
+			h.Asks[0].Streams, h.Asks[1].Streams = told("AAAAAAAAAAAAA", good), told("BBBBBBBBBBBBB", test.second)
+			for i := range h.States {
+				h.States[i].Operation = operation
+			}
+			h.Records[0].Operation = operation
+			got := strings.Join(h.Check(), "\n")
+			if !strings.HasPrefix(got, test.want) || (got == "") != (test.want == "") || strings.Contains(got, "\n") {
+				t.Errorf("violations:\n%s\nwant %q", got, test.want)
+			}
+		})
+	}
+}

@@ -12,7 +12,7 @@ import (
 
 // A Message is one message of an Execute or WaitExecution stream.
 type Message struct {
-	Operation string
+	Operation string // by the name that the client was given
 	Stage     repb.ExecutionStage_Value
 	Done      bool
 	Response  *repb.ExecuteResponse // of a done one
