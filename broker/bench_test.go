@@ -102,7 +102,8 @@ func BenchmarkBacklog(b *testing.B) {
 	}
 }
 
-// BenchmarkWatcher is the memory of one waiting watcher, as B/watcher.
+// BenchmarkWatcher is the memory of one waiting watcher, with its share of the server, as heap-B/watcher, and of the
+// goroutine in which it waits, as stack-B/watcher.
 func BenchmarkWatcher(b *testing.B) {
 	farm := brokertest.Start(b)
 	c := farm.Client(b)
@@ -110,7 +111,7 @@ func BenchmarkWatcher(b *testing.B) {
 	const watchers = 10_000
 	for b.Loop() {
 		ctx, cancel := context.WithCancelCause(b.Context())
-		before := heap()
+		before, stackBefore := inUse()
 		waiting := make(chan struct{}, watchers)
 		var group errgroup.Group
 		for range watchers {
@@ -127,7 +128,9 @@ func BenchmarkWatcher(b *testing.B) {
 		for range watchers {
 			<-waiting
 		}
-		b.ReportMetric(float64(heap()-before)/watchers, "B/watcher")
+		after, stackAfter := inUse()
+		b.ReportMetric(float64(after-before)/watchers, "heap-B/watcher")
+		b.ReportMetric(float64(stackAfter-stackBefore)/watchers, "stack-B/watcher")
 		cancel(nil)
 		if err := group.Wait(); err != nil {
 			b.Fatal(err)
@@ -136,8 +139,13 @@ func BenchmarkWatcher(b *testing.B) {
 }
 
 func heap() int64 {
+	heap, stacks := inUse()
+	return heap + stacks
+}
+
+func inUse() (heap, stacks int64) {
 	runtime.GC()
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
-	return int64(m.HeapInuse + m.StackInuse)
+	return int64(m.HeapInuse), int64(m.StackInuse)
 }

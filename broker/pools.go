@@ -327,10 +327,15 @@ func (c *Client) unused(ctx context.Context, pool string, last time.Time) (bool,
 	return time.Since(last) >= c.poolIdle, nil
 }
 
-// stranded returns a channel that is closed when there may be a pool for the job of an operation that had
-// none, and nil for all others.
+// homeless tells whether an operation waits for a pool that its job may go to.
+func (o *Operation) homeless() bool {
+	return o.Pool == strangerPool && o.Stage == repb.ExecutionStage_QUEUED
+}
+
+// stranded returns a channel that is closed when there may be a pool for the job of a homeless operation, and
+// nil for no operation.
 func (w *watcher) stranded(op *Operation) <-chan struct{} {
-	if op.Pool != strangerPool || op.Stage != repb.ExecutionStage_QUEUED || w.moved {
+	if op == nil || w.moved {
 		return nil
 	}
 	w.c.view.mu.Lock()

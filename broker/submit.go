@@ -56,8 +56,8 @@ const flightGrace = 10 * time.Second
 // this process. The error wraps ErrInvalid, ErrNoWorker, ErrTooManyPools, ErrQueueFull or
 // ErrUnavailable, or is Confirm's.
 func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
-	rec := newRecord(r)
-	joined, err := c.claim(ctx, rec, r)
+	rec := newRecord(&r)
+	joined, err := c.claim(ctx, rec, &r)
 	if err != nil || joined != "" {
 		return joined, err
 	}
@@ -69,9 +69,9 @@ func (c *Client) Submit(ctx context.Context, r Request) (operation string, err e
 // client has just written.
 func (c *Client) Execute(ctx context.Context, r Request) iter.Seq2[*Operation, error] {
 	return func(yield func(*Operation, error) bool) {
-		rec := newRecord(r)
+		rec := newRecord(&r)
 		rec.Waiters = []string{newWaiter()}
-		joined, err := c.claim(ctx, rec, r)
+		joined, err := c.claim(ctx, rec, &r)
 		if err == nil && joined != "" {
 			c.watch(ctx, joined, rec.Waiters[0], yield)
 			return
@@ -94,7 +94,7 @@ func (c *Client) Execute(ctx context.Context, r Request) iter.Seq2[*Operation, e
 
 // claim does what comes before an operation is recorded: rec becomes the one in flight for its action,
 // or joined names the one that is.
-func (c *Client) claim(ctx context.Context, rec *record, r Request) (joined string, err error) {
+func (c *Client) claim(ctx context.Context, rec *record, r *Request) (joined string, err error) {
 	to := c.view.route(r.Platform)
 	if to.refused != nil && c.patienceFor(to) == 0 {
 		return "", to.refused
@@ -115,7 +115,7 @@ func (c *Client) claim(ctx context.Context, rec *record, r Request) (joined stri
 	return "", nil
 }
 
-func newRecord(r Request) *record {
+func newRecord(r *Request) *record {
 	metadata, err := proto.Marshal(r.Metadata)
 	if err != nil || len(metadata) > maxMetadata {
 		metadata = nil

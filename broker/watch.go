@@ -140,10 +140,14 @@ func (w *watcher) current(ctx context.Context) (*Operation, error) {
 }
 
 // next waits for a state newer than last, or returns last's successor or last itself after a
-// heartbeat.
+// heartbeat. While it waits, last is not kept: there may be very many watchers.
 func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error) {
 	heartbeat := time.NewTimer(w.beat(last))
 	defer heartbeat.Stop()
+	revision, homeless := last.Revision, last
+	if !last.homeless() {
+		homeless = nil
+	}
 	for {
 		select {
 		case <-ctx.Done():
@@ -153,15 +157,15 @@ func (w *watcher) next(ctx context.Context, last *Operation) (*Operation, error)
 			if err != nil || w.lost() {
 				return w.current(ctx)
 			}
-			if op != nil && op.Revision > last.Revision {
+			if op != nil && op.Revision > revision {
 				return op, nil
 			}
-		case <-w.stranded(last):
-			w.move(ctx, last)
+		case <-w.stranded(homeless):
+			w.move(ctx, homeless)
 		case <-w.gap:
 			w.gap = w.c.gapped()
 			op, err := w.current(ctx)
-			if err != nil || op.Revision > last.Revision {
+			if err != nil || op.Revision > revision {
 				return op, err
 			}
 		case <-heartbeat.C:

@@ -72,11 +72,7 @@ func (s *Server) HTTP(other http.Handler) http.Handler {
 
 // guardHTTP turns a panic of a handler into an error.
 func (s *Server) guardHTTP(ctx context.Context, serve func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = s.recovered(ctx, p)
-		}
-	}()
+	defer func() { err = s.recovered(ctx, recover(), err) }()
 	return serve()
 }
 

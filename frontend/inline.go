@@ -18,7 +18,7 @@ type wants struct {
 }
 
 // inlineFiles is the paths to inline, without those beyond the limit (row X-101).
-func (l Limits) inlineFiles(paths []string) []string {
+func (l *Limits) inlineFiles(paths []string) []string {
 	return paths[:min(len(paths), l.MaxInlineFiles)]
 }
 

@@ -48,19 +48,22 @@ func (c stallContext) Err() error {
 	return err
 }
 
-// interceptUnary is the outermost handler of unary calls: metrics, log, the instance, and errors to statuses.
-func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// interceptUnary is around the handler of each unary call: metrics, log, the instance, and errors and panics to
+// statuses.
+func (s *Server) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, err error) {
 	end := s.begin(info.FullMethod)
+	defer func() { err = end(ctx, s.recovered(ctx, recover(), err)) }()
 	if err := s.cfg.Instances.checkRequest(req); err != nil {
-		return nil, end(ctx, err)
+		return nil, err
 	}
-	resp, err := handler(ctx, req)
-	return resp, end(ctx, err)
+	return handler(ctx, req)
 }
 
-// interceptStream is the same for streams, and bounds how long each message may take.
-func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+// interceptStream is the same for streams, and bounds how long each message may take. It is one function, because
+// its frame is part of the stack of every stream that waits.
+func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 	end := s.begin(info.FullMethod)
+	defer func() { err = end(stream.Context(), s.recovered(stream.Context(), recover(), err)) }()
 	guarded := &guardedStream{ServerStream: stream, bound: s.cfg.Limits.Stall, instances: s.cfg.Instances}
 	if guard, ok := stream.Context().Value(callGuardKey{}).(*callGuard); ok {
 		guarded.timer = time.AfterFunc(time.Hour, func() {
@@ -70,7 +73,7 @@ func (s *Server) interceptStream(srv any, stream grpc.ServerStream, info *grpc.S
 		guarded.timer.Stop()
 		defer guarded.timer.Stop()
 	}
-	return end(stream.Context(), handler(srv, guarded))
+	return handler(srv, guarded)
 }
 
 // guardedStream ends a stream whose client neither sends nor receives: the timer runs while RecvMsg or
@@ -144,8 +147,12 @@ func (s *Server) logFailure(ctx context.Context, method string, code codes.Code,
 		"invocation", clip(requestMetadata(ctx).GetToolInvocationId()), "err", err)
 }
 
-// recovered turns a panic into INTERNAL for its caller and a stack for the log (row GEN-32).
-func (s *Server) recovered(ctx context.Context, p any) error {
+// recovered turns a panic into INTERNAL for its caller and a stack for the log (row GEN-32), and else returns what
+// the handler has.
+func (s *Server) recovered(ctx context.Context, p any, err error) error {
+	if p == nil {
+		return err
+	}
 	s.metrics.panics.Inc()
 	s.cfg.Log.ErrorContext(ctx, "handler panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 	return errPanic

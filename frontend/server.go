@@ -10,7 +10,6 @@ import (
 	"cloud.google.com/go/longrunning/autogen/longrunningpb"
 	remoteasset "github.com/bazelbuild/remote-apis/build/bazel/remote/asset/v1"
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
-	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
@@ -146,8 +145,8 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: s.cfg.Limits.Silence, Timeout: max(time.Second, s.cfg.Limits.Silence/3)}),
 		grpc.InTapHandle(s.tap),
-		grpc.ChainUnaryInterceptor(s.interceptUnary, recovery.UnaryServerInterceptor(recovery.WithRecoveryHandlerContext(s.recovered))),
-		grpc.ChainStreamInterceptor(s.interceptStream, recovery.StreamServerInterceptor(recovery.WithRecoveryHandlerContext(s.recovered))),
+		grpc.UnaryInterceptor(s.interceptUnary),
+		grpc.StreamInterceptor(s.interceptStream),
 	}
 }
 

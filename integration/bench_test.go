@@ -187,15 +187,17 @@ func BenchmarkByteStreamRead(b *testing.B) {
 	}
 }
 
-// Resident memory of a frontend for each Execute stream that waits. The number of streams is fixed,
-// so the time of an operation says nothing.
+// Memory of a frontend for each Execute stream that waits: what is resident just after they came, which
+// is garbage for the most part, and what is in use of heap and stacks after a collection. The number of streams is
+// fixed, so the time of an operation says nothing.
 func BenchmarkWaitingStream(b *testing.B) {
 	const streams, actions = 5000, 50
+	b.Setenv("JETFARM_PPROF", "true") // collects garbage when asked for a profile of the heap
 	f := startSplit(b, 1, 1)
 	ctx, cancel := context.WithCancel(b.Context())
 	defer cancel()
 	c := dial(b, f.endpoint(b))
-	before := resident(b, f.frontends[0])
+	before, inUseBefore := resident(b, f.frontends[0]), inUse(b, f.frontends[0])
 	var opened, open errgroup.Group
 	for i := range streams {
 		a := shell(b, fmt.Sprint("wait ", i%actions), "sleep 20")
@@ -221,9 +223,23 @@ func BenchmarkWaitingStream(b *testing.B) {
 		b.Fatal(err)
 	}
 	b.ReportMetric(float64(resident(b, f.frontends[0])-before)/streams/1024, "KiB/stream")
+	for kind, n := range inUse(b, f.frontends[0]) {
+		b.ReportMetric((n-inUseBefore[kind])/streams/1024, kind+"-KiB/stream")
+	}
 	cancel()
 	if err := open.Wait(); status.Code(err) != codes.Canceled {
 		b.Errorf("a waiting stream ended with %v", err)
+	}
+}
+
+// inUse returns what a process has allocated on its heap and for stacks after a garbage collection, in bytes.
+func inUse(b testing.TB, p *process) map[string]float64 {
+	b.Helper()
+	url := "http://" + p.field(b, "http")
+	httpGet(b, url+"/debug/pprof/heap?gc=1&debug=1")
+	return map[string]float64{
+		"heap":  metric(b, url+"/metrics", "go_memstats_heap_alloc_bytes"),
+		"stack": metric(b, url+"/metrics", "go_memstats_stack_inuse_bytes"),
 	}
 }
 
