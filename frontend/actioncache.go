@@ -36,7 +36,7 @@ func (a *actionCache) GetActionResult(ctx context.Context, req *repb.GetActionRe
 	if err != nil {
 		return nil, err
 	}
-	want := wants{stdout: req.GetInlineStdout(), stderr: req.GetInlineStderr(), files: a.limits.inlineFiles(req.GetInlineOutputFiles())}
+	want := wants{stdout: req.GetInlineStdout(), stderr: req.GetInlineStderr(), files: inlineFiles(req.GetInlineOutputFiles(), a.limits.MaxInlineFiles)}
 	if err := a.inline.apply(ctx, action.Space(), result, want); err != nil {
 		return nil, err
 	}

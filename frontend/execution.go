@@ -53,7 +53,7 @@ func (e *execution) Execute(req *repb.ExecuteRequest, stream operationStream) er
 	if err != nil {
 		return err
 	}
-	want := wants{stdout: req.GetInlineStdout(), stderr: req.GetInlineStderr(), files: e.limits.inlineFiles(req.GetInlineOutputFiles())}
+	want := wants{stdout: req.GetInlineStdout(), stderr: req.GetInlineStderr(), files: inlineFiles(req.GetInlineOutputFiles(), e.limits.MaxInlineFiles)}
 	states, err := e.submit(ctx, req, action)
 	if err == nil {
 		err = e.follow(ctx, stream, states, want)

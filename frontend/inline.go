@@ -18,8 +18,8 @@ type wants struct {
 }
 
 // inlineFiles is the paths to inline, without those beyond the limit (row X-101).
-func (l *Limits) inlineFiles(paths []string) []string {
-	return paths[:min(len(paths), l.MaxInlineFiles)]
+func inlineFiles(paths []string, most int) []string {
+	return paths[:min(len(paths), most)]
 }
 
 // inliner puts the bytes of small blobs into action results. It is best effort: what does not fit, or
