@@ -22,10 +22,9 @@ import (
 // execution is the work of one job between its lease and its response.
 type execution struct {
 	*job
-	task  *task
-	meta  *repb.ExecutedActionMetadata
-	last  time.Time // the latest time in meta
-	space *workspace
+	task *task
+	meta *repb.ExecutedActionMetadata
+	last time.Time // the latest time in meta
 	// oomBefore is what the kernel had killed for want of memory before the command began.
 	oomBefore uint64
 }
@@ -65,7 +64,6 @@ func (x *execution) execute(ctx context.Context) (*repb.ExecuteResponse, error) 
 		return nil, setUp(ctx, err)
 	}
 	x.space = space
-	defer x.w.dirs.give(space)
 	if err := x.layout(ctx); err != nil {
 		return nil, err
 	}

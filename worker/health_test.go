@@ -73,7 +73,7 @@ func TestWorkerThatFailsLeavesAndComesBack(t *testing.T) {
 	until(t, "both workers are known", func() bool { return len(f.client.Workers()) == 2 })
 	var names []string
 	for n := 0; f.trouble(bad) == ""; n++ {
-		if n == 20 {
+		if n == 60 {
 			t.Fatal("the worker never leaves")
 		}
 		names = append(names, f.submit(broker.Request{Action: f.store(sh("sleep 0.3; echo " + strconv.Itoa(n)))}))

@@ -22,6 +22,7 @@ type job struct {
 	lease   *broker.Lease
 	spec    *broker.Job
 	slot    *sandbox.Slot // nil once it is released
+	space   *workspace    // nil before it is taken and once it is given back
 	started time.Time
 	begun   chan struct{} // closed when the operation is in the stage EXECUTING under this attempt
 	outcome string        // for the metrics
@@ -31,6 +32,7 @@ type job struct {
 // do runs the job, settles it or gives it back, and leaves nothing.
 func (j *job) do(ctx context.Context) {
 	defer j.release()
+	defer j.vacate() // after the client has its result: cleaning takes a while
 	response, err := j.guarded(ctx)
 	if err == nil {
 		if j.ran {
@@ -42,7 +44,16 @@ func (j *job) do(ctx context.Context) {
 			return
 		}
 	}
+	j.vacate()
 	j.fail(ctx, err)
+}
+
+// vacate gives the workspace back.
+func (j *job) vacate() {
+	if j.space != nil {
+		j.w.dirs.give(j.space)
+		j.space = nil
+	}
 }
 
 // guarded runs the job under its lease: the job's context ends when the lease does.

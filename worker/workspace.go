@@ -2,11 +2,10 @@ package worker
 
 import (
 	"errors"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
-	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -158,48 +157,81 @@ func (d *dirs) clean(w *workspace) error {
 // pristineDir tells whether a directory is empty and has the owner, the mode and no more attributes
 // than it was made with. Through a descriptor that went to another user only names can be seen.
 func (w *workspace) pristineDir(name string) bool {
-	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	fd, err := openQuietly(name, unix.O_DIRECTORY)
 	if err != nil {
 		return false
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
-	if !w.pristine(f, 0o700) {
+	defer unix.Close(fd) //nolint:errcheck // nothing was written
+	if st, ok := w.pristine(fd); !ok || st.Mode != unix.S_IFDIR|0o700 {
 		return false
 	}
-	_, err = f.ReadDir(1)
-	return errors.Is(err, io.EOF)
+	var entries [1024]byte // enough for one name beside "." and ".."
+	n, err := unix.ReadDirent(fd, entries[:])
+	if err != nil {
+		return false
+	}
+	_, _, names := unix.ParseDirent(entries[:n], 1, nil)
+	return len(names) == 0
 }
 
 // emptyFile empties a file for the next job, unless it has another name, another attribute or is still
 // open somewhere: the action may have passed a descriptor to an accomplice.
 func (w *workspace) emptyFile(name string) bool {
-	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	fd, err := openQuietly(name, unix.O_NONBLOCK)
 	if err != nil {
 		return false
 	}
-	defer f.Close() //nolint:errcheck // nothing was written
-	if !w.pristine(f, 0o600) {
-		return false
-	}
+	defer unix.Close(fd) //nolint:errcheck // nothing was written
 	// The kernel grants a write lease only on a file that nobody else has open.
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+	if !lease(fd) {
 		return false
 	}
-	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
 		return false
 	}
-	return os.Truncate(name, 0) == nil
+	st, ok := w.pristine(fd)
+	if !ok || st.Mode != unix.S_IFREG|0o600 || st.Nlink != 1 {
+		return false
+	}
+	return st.Size == 0 || os.Truncate(name, 0) == nil
 }
 
-func (w *workspace) pristine(f *os.File, mode fs.FileMode) bool {
-	info, err := f.Stat()
-	if err != nil || info.Mode().Perm() != mode || info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 {
-		return false
+// lease takes a write lease. A process that another slot is just starting has what this worker has open
+// until it executes its command.
+func lease(fd int) bool {
+	for range leaseTries {
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK)
+		if err == nil {
+			return true
+		}
+		if !errors.Is(err, unix.EAGAIN) {
+			return false
+		}
+		<-time.NewTimer(leasePause).C
 	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !ok || (w.uid >= 0 && int(st.Uid) != w.uid) || (!info.IsDir() && st.Nlink != 1) {
-		return false
+	return false
+}
+
+const (
+	leaseTries = 4
+	leasePause = 500 * time.Microsecond
+)
+
+// openQuietly opens for reading without what os.OpenFile does for files that are waited for.
+func openQuietly(name string, flags int) (int, error) {
+	for {
+		fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC|flags, 0)
+		if !errors.Is(err, unix.EINTR) {
+			return fd, err
+		}
 	}
-	n, err := unix.Flistxattr(int(f.Fd()), nil)
-	return n == 0 && (err == nil || errors.Is(err, unix.ENOTSUP))
+}
+
+// pristine tells whether a file has the owner and the attributes that it was made with.
+func (w *workspace) pristine(fd int) (st unix.Stat_t, ok bool) {
+	if err := unix.Fstat(fd, &st); err != nil || (w.uid >= 0 && int(st.Uid) != w.uid) {
+		return st, false
+	}
+	n, err := unix.Flistxattr(fd, nil)
+	return st, n == 0 && (err == nil || errors.Is(err, unix.ENOTSUP))
 }
