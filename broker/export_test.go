@@ -9,6 +9,9 @@ import (
 // SetIdleSweep sets how long a worker sleeps in the end when nobody rings. It is called before Next.
 func (q *Queue) SetIdleSweep(d time.Duration) { q.rest = d }
 
+// SetLaneLooks sets how often a second the idle workers of a farm look into a lane. It is called before Next.
+func (q *Queue) SetLaneLooks(n float64) { q.patrol.looks = n }
+
 // SetPullBound shortens the bound of a pull.
 func (q *Queue) SetPullBound(d time.Duration) { q.bound = d }
 
@@ -23,6 +26,9 @@ func (q *Queue) Busy() int { return q.info().Busy }
 
 // Lanes is how many consumers a pool has.
 const Lanes = lanes
+
+// LaneLooks is how often a second the idle workers of a farm look into a lane.
+const LaneLooks = laneLooks
 
 // Adopt takes over what dead holders held, as far as a holder looks for that now and then.
 func (c *Client) Adopt(ctx context.Context) { c.adopt(ctx, false) }

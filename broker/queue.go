@@ -18,7 +18,7 @@ import (
 // takes one job at a time, so a worker calls it only when it has room for one.
 //
 // Every pool has a durable consumer per lane. Next asks them in turn without waiting and sleeps,
-// when all are empty, until a submitter rings one of its pools or a second has passed. Rejected:
+// when all are empty, until a submitter rings one of its pools or it is time for its patrol. Rejected:
 // long polls on several consumers at once, which deliver more jobs than were asked for.
 type Queue struct {
 	c    *Client
@@ -43,6 +43,7 @@ type Queue struct {
 	replies chan *nats.Msg
 	bells   bells
 	bound   time.Duration // pullBound, but in tests
+	patrol  patrol
 }
 
 // An idle worker looks again when nobody rings: a job that was redelivered rings for nobody. And the
@@ -66,6 +67,7 @@ func (c *Client) Queue(self WorkerInfo) *Queue {
 	self.Incarnation, self.Started = newName(), time.Now().UTC()
 	q := &Queue{c: c, self: self, leases: map[*Lease]struct{}{}, turned: make(chan struct{}), bound: pullBound, rest: idleSweep}
 	q.bells = bells{q: q, rung: make(chan *nats.Msg, bellBuffer)}
+	q.patrol = newPatrol(q)
 	return q
 }
 
@@ -181,6 +183,7 @@ func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 			if q.full() {
 				q.bells.stop(ctx)
 			}
+			q.patrol.ring(ctx)
 			return lease, nil
 		case err != nil:
 			q.c.log.WarnContext(ctx, "take a job", "err", err)
@@ -195,30 +198,37 @@ func (q *Queue) Next(ctx context.Context) (*Lease, error) {
 // closed.
 func (q *Queue) look(ctx context.Context, turned <-chan struct{}) (*Lease, error) {
 	pools, changed := q.c.view.serves(q.self.Platform)
-	lease, err := q.sweep(ctx, pools)
+	lease, err := q.patrol.sweep(ctx, pools)
 	if lease != nil || err != nil || ctx.Err() != nil {
 		return lease, err
 	}
 	if q.bells.listen(ctx, pools) {
 		return nil, nil //nolint:nilnil // a job may have come before the bell was heard
 	}
-	return q.idle(ctx, changed, turned)
+	return q.idle(ctx, pools, changed, turned)
 }
 
 // idle waits for a reason to look for a job again. A bell says where to look first.
-func (q *Queue) idle(ctx context.Context, changed, turned <-chan struct{}) (*Lease, error) {
+func (q *Queue) idle(ctx context.Context, pools []string, changed, turned <-chan struct{}) (*Lease, error) {
 	q.idles = min(max(firstSweep, laterSweep*q.idles), q.rest)
 	timer := time.NewTimer(q.idles/2 + rand.N(q.idles)) //nolint:gosec // jitter needs no secrecy
 	defer timer.Stop()
-	select {
-	case bell := <-q.bells.rung:
-		return q.pull(ctx, string(bell.Data))
-	case <-ctx.Done():
-	case <-changed:
-	case <-turned:
-	case <-timer.C:
+	for {
+		select {
+		case bell := <-q.bells.rung:
+			return q.patrol.answer(ctx, bell)
+		case <-ctx.Done():
+		case <-changed:
+			var now []string
+			if now, changed = q.c.view.serves(q.self.Platform); slices.Equal(now, pools) {
+				continue // workers come and go
+			}
+		case <-turned:
+		case <-timer.C:
+			q.patrol.due = q.idles == q.rest
+		}
+		return nil, nil //nolint:nilnil // no job and no error sends Next into another sweep
 	}
-	return nil, nil //nolint:nilnil // no job and no error sends Next into another sweep
 }
 
 // full tells whether the worker has as many jobs as slots.
@@ -414,7 +424,7 @@ func (b *bells) stop(ctx context.Context) {
 	for {
 		select {
 		case msg := <-b.rung:
-			if err := b.q.c.nc.Publish(msg.Subject, msg.Data); err != nil {
+			if err := b.q.c.nc.PublishMsg(&nats.Msg{Subject: msg.Subject, Header: msg.Header, Data: msg.Data}); err != nil {
 				return
 			}
 		default:

@@ -240,7 +240,7 @@ func (c *Client) publishOnce(ctx context.Context, subject string, payload []byte
 	}
 }
 
-// ring wakes an idle worker. Without it, one looks within a second.
+// ring wakes an idle worker. Without it, one finds the job on its patrol.
 func (c *Client) ring(ctx context.Context, job *record) {
 	if err := c.nc.Publish(bellSubject+job.Pool, []byte(consumerName(job.Pool, job.Lane))); err != nil {
 		c.log.WarnContext(ctx, "ring for a worker", "pool", job.Pool, "err", err)

@@ -31,6 +31,7 @@ type Cutter struct {
 	at      func(subject string) bool // guarded by mu; nil before Arm
 	forward bool                      // guarded by mu; whether the message still arrives
 	clients []*nats.Conn              // guarded by mu; of the process
+	lost    string                    // guarded by mu; the prefix of the subjects of messages that get lost, or ""
 	again   bool                      // guarded by mu; whether the process may connect again
 	hit     chan struct{}             // closed at the message
 	cut     chan struct{}             // closed when the process is dead
@@ -66,6 +67,13 @@ func (c *Cutter) Arm(prefix string, after bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.at, c.forward = func(subject string) bool { return strings.HasPrefix(subject, prefix) }, after
+}
+
+// Lose makes every message of the process get lost whose subject begins with prefix.
+func (c *Cutter) Lose(prefix string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.lost = prefix
 }
 
 // Survive makes the process live on after the cut: it may connect again.
@@ -210,6 +218,7 @@ func (c *Cutter) send(from, to net.Conn) {
 		c.mu.Lock()
 		hit := publishes && c.at != nil && c.at(fields[1])
 		forward := !hit || c.forward
+		lost := publishes && c.lost != "" && strings.HasPrefix(fields[1], c.lost)
 		if hit {
 			c.at = nil // another connection must not be hit as well
 		}
@@ -219,7 +228,7 @@ func (c *Cutter) send(from, to net.Conn) {
 			c.muted.Store(true)
 			message = append(message, "PING\r\n"...) // is answered after the message has arrived
 		}
-		if forward && !c.dead() {
+		if forward && !lost && !c.dead() {
 			if _, err := to.Write(message); err != nil {
 				return
 			}
