@@ -79,22 +79,24 @@ func uploadForEver(ctx context.Context, c *client) error {
 	return nil
 }
 
-// The first question after a restart: the index has just been built and nothing is warm.
+// The first question after a restart: the index has just been built and nothing is warm. Starting the timer of a
+// benchmark costs as much as the question, so this one has a clock of its own.
 func BenchmarkFindMissingCold(b *testing.B) {
 	f := startUp(b)
 	c := dial(b, f.endpoint(b))
 	digests := putMany(b, c, 20_000)
 	for _, n := range []int{1000, 10_000} {
 		b.Run(fmt.Sprintf("digests=%d", n), func(b *testing.B) {
+			var took []time.Duration
 			for b.Loop() {
-				b.StopTimer()
 				f.restart(b)
 				c := dial(b, f.endpoint(b))
 				if _, err := c.blobs.FindMissingBlobs(b.Context(), &repb.FindMissingBlobsRequest{}); err != nil { // connects
 					b.Fatal(err)
 				}
-				b.StartTimer()
+				began := time.Now()
 				response, err := c.blobs.FindMissingBlobs(b.Context(), &repb.FindMissingBlobsRequest{BlobDigests: digests[:n]})
+				took = append(took, time.Since(began))
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -102,6 +104,8 @@ func BenchmarkFindMissingCold(b *testing.B) {
 					b.Fatalf("%d blobs are missing after a restart", n)
 				}
 			}
+			b.ReportMetric(median(took), "first-ms")
+			b.ReportMetric(0, "ns/op")
 		})
 	}
 }

@@ -32,7 +32,7 @@ type job struct {
 // do runs the job, settles it or gives it back, and leaves nothing.
 func (j *job) do(ctx context.Context) {
 	defer j.release()
-	defer j.vacate() // after the client has its result: cleaning takes a while
+	defer j.vacate(ctx) // after the client has its result: cleaning takes a while
 	response, err := j.guarded(ctx)
 	if err == nil {
 		if j.ran {
@@ -44,16 +44,22 @@ func (j *job) do(ctx context.Context) {
 			return
 		}
 	}
-	j.vacate()
+	j.vacate(ctx)
 	j.fail(ctx, err)
 }
 
-// vacate gives the workspace back.
-func (j *job) vacate() {
-	if j.space != nil {
-		j.w.dirs.give(j.space)
-		j.space = nil
+// vacate gives the workspace back. A worker that can't clean it is out of order.
+func (j *job) vacate(ctx context.Context) {
+	if j.space == nil {
+		return
 	}
+	ended := make(chan struct{})
+	var g errgroup.Group
+	g.Go(func() error { j.awaitEnd(ctx, ended); return nil })
+	defer g.Wait() //nolint:errcheck // gives no errors
+	defer close(ended)
+	j.w.dirs.give(j.space)
+	j.space = nil
 }
 
 // guarded runs the job under its lease: the job's context ends when the lease does.
@@ -90,7 +96,8 @@ func (j *job) guarded(outer context.Context) (response *repb.ExecuteResponse, er
 	return response, err
 }
 
-// awaitEnd waits for the end of a job that was told to end. When it does not the worker is out of order.
+// awaitEnd waits for the end of a job that was told to end, or of its cleaning. When it does not come the worker is
+// out of order.
 func (j *job) awaitEnd(ctx context.Context, ended <-chan struct{}) {
 	timer := time.NewTimer(j.w.cfg.Grace)
 	defer timer.Stop()
