@@ -40,3 +40,15 @@ func (c *Client) Widen(n int) {
 	c.holds.mu.Unlock()
 	c.holds.poke()
 }
+
+// Heard counts the jobs that others hold, as they have said last.
+func (c *Client) Heard() (held int) {
+	c.holds.mu.Lock()
+	defer c.holds.mu.Unlock()
+	for _, peer := range c.holds.peers {
+		for _, n := range peer.Tenants {
+			held += n
+		}
+	}
+	return held
+}

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"sync"
 	"testing"
-	"time"
 
 	repb "github.com/bazelbuild/remote-apis/build/bazel/remote/execution/v2"
 	"golang.org/x/sync/errgroup"
@@ -125,7 +124,7 @@ func TestBuildsGetEqualShares(t *testing.T) {
 			of[submit(t, clients[b/(builds*3/4)], build("build "+itoa(b), i))] = b
 		}
 	}
-	pauseFor(t, 3*time.Second) // until the two have heard of each other
+	acquainted(t, clients...)
 	r := startRunner(t, farm, slots)
 	const ran = builds * 60
 	r.finish(t, slots, ran)

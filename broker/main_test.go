@@ -109,10 +109,10 @@ func terminal(t testing.TB, c *broker.Client, operation string) *broker.Operatio
 	return last
 }
 
-// eventually polls cond until it holds or ten seconds have passed.
+// eventually polls cond until it holds or half a minute has passed.
 func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
-	within(t, 10*time.Second, what, cond)
+	within(t, 30*time.Second, what, cond)
 }
 
 func within(t testing.TB, bound time.Duration, what string, cond func() bool) {

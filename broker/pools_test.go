@@ -212,8 +212,7 @@ func TestStrangersMakeNoPools(t *testing.T) {
 // Pools that nobody uses make room for others, and whoever uses one again finds it.
 func TestPoolsThatNobodyUsesGo(t *testing.T) {
 	farm := brokertest.Start(t)
-	c := farm.ClientWith(t, broker.Config{PoolIdle: 700 * time.Millisecond}) // 14 pools are made in less
-	other := farm.Client(t)                                                  // does not remove, but has to hear of it
+	c, other := farm.Client(t), farm.Client(t) // do not remove so soon, but have to hear of it
 	q := brokertest.Queue(t, other, offers(t, "w", append(shapes(20, 99), "kind=a")...))
 	eventually(t, "the worker is known", func() bool { return len(c.Workers()) == 1 })
 	used := submit(t, c, broker.Request{Action: action(0), Platform: platform(t, "kind=a")})
@@ -227,13 +226,17 @@ func TestPoolsThatNobodyUsesGo(t *testing.T) {
 	if _, err := c.Submit(t.Context(), broker.Request{Action: action(50), Platform: platform(t, "kind=a", "shape=99")}); !errors.Is(err, broker.ErrTooManyPools) || !strings.Contains(err.Error(), "shape=99") {
 		t.Errorf("one pool more than there may be: %v, want ErrTooManyPools that names it", err)
 	}
+	remover := farm.ClientWith(t, broker.Config{PoolIdle: 300 * time.Millisecond})
+	if err := remover.Cancel(t.Context(), submit(t, remover, broker.Request{Action: action(60)})); err != nil { // who uses no pool removes none
+		t.Fatal(err)
+	}
 	within(t, time.Minute, "only the default pool and the one that is used", func() bool { return farm.Consumers(t, "JOBS") == 2*broker.Lanes })
 	settle(t, l, 0)
 	terminal(t, c, used)
 	eventually(t, "only the default pool", func() bool {
 		return farm.Consumers(t, "JOBS") == broker.Lanes && farm.Consumers(t, "HELD") == 1
 	})
-	for i, client := range []*broker.Client{c, other} {
+	for i, client := range []*broker.Client{c, other, remover} {
 		operation := submit(t, client, broker.Request{Action: action(100 + i), Platform: platform(t, "kind=a")})
 		settle(t, begin(t, q), 0)
 		terminal(t, c, operation)

@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -123,6 +124,18 @@ func TestOrphansBehindOthers(t *testing.T) {
 	}
 }
 
+// acquainted returns when each has heard of all that the others hold.
+func acquainted(t *testing.T, clients ...*broker.Client) {
+	t.Helper()
+	eventually(t, "they have heard of each other", func() bool {
+		held := 0
+		for _, c := range clients {
+			held += c.Held()
+		}
+		return !slices.ContainsFunc(clients, func(c *broker.Client) bool { return c.Held() == 0 || c.Heard() != held-c.Held() })
+	})
+}
+
 // TestOrphansHaveOneHeir: of several that look for what a dead holder held one takes each job over, so that
 // an instance name does not seem to have more than it has.
 func TestOrphansHaveOneHeir(t *testing.T) {
@@ -135,7 +148,7 @@ func TestOrphansHaveOneHeir(t *testing.T) {
 		}
 		before = append(before, c.Held())
 	}
-	pauseFor(t, 3*time.Second) // until they have heard of each other
+	acquainted(t, clients...)
 	dying := farm.Deaf(t, broker.Config{Submits: true})
 	for i := range 60 {
 		submit(t, dying, build("b", i))
@@ -171,7 +184,7 @@ func TestTenantsGetEqualShares(t *testing.T) {
 			}
 		}
 	}
-	pauseFor(t, 3*time.Second) // until the two have heard of each other
+	acquainted(t, clients...)
 	r := startRunner(t, farm, slots)
 	const skip, ran = 350, 500 // first what was let in before: small builds pass by
 	r.finish(t, slots, ran)
@@ -189,7 +202,7 @@ func TestWatchingWhatIsHeldAsksNobody(t *testing.T) {
 	farm := brokertest.Start(t)
 	c := farm.ClientWith(t, broker.Config{Heartbeat: 20 * time.Millisecond, MendAfter: time.Millisecond, Reconcile: 24 * time.Hour})
 	var last string
-	for i := range 60 {
+	for i := range 300 { // so many that its turn is far away, however long the test takes
 		last = submit(t, c, build("a", i))
 	}
 	nc := farm.Connect(t)
