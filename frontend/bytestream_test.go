@@ -8,7 +8,6 @@ import (
 	"io"
 	"strings"
 	"testing"
-	"time"
 
 	"google.golang.org/genproto/googleapis/bytestream"
 	"google.golang.org/grpc/codes"
@@ -166,7 +165,7 @@ func TestX_48_ReadersLeave(t *testing.T) {
 		}
 		cancel(errors.New("enough"))
 	}
-	within(t, 2*time.Second, "the end of the handlers", func() {
+	within(t, "the end of the handlers", func() {
 		eventually(t, "no handler left", func() bool { return handlers() == 0 })
 	})
 	eventually(t, "no subscription left", func() bool { return h.farm.Subscriptions(t, "") <= subscriptions })

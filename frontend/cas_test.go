@@ -125,7 +125,7 @@ func TestFMB_7_ManyDigests(t *testing.T) {
 	for i := range ds {
 		ds[i] = space.Of(fmt.Appendf(nil, "absent %d", i)).Proto()
 	}
-	within(t, time.Second, "20 000 digests", func() {
+	within(t, "20 000 digests", func() {
 		resp, err := h.cas.FindMissingBlobs(t.Context(), &repb.FindMissingBlobsRequest{BlobDigests: ds})
 		if err != nil || len(resp.GetMissingBlobDigests()) != len(ds) {
 			t.Fatalf("FindMissingBlobs = %d digests, %v, want all", len(resp.GetMissingBlobDigests()), err)
@@ -143,7 +143,7 @@ func TestGEN_28_FindMissingCancelled(t *testing.T) {
 	h := start(t, faulty(func(castest.Op, digest.Digest) castest.Fault { return castest.Fault{Stall: true} }))
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, errors.New("enough"))
 	defer cancel()
-	within(t, time.Second, "a stalled FindMissingBlobs", func() {
+	within(t, "a stalled FindMissingBlobs", func() {
 		_, err := h.cas.FindMissingBlobs(ctx, &repb.FindMissingBlobsRequest{BlobDigests: protos(absent())})
 		wantCode(t, "FindMissingBlobs", err, codes.DeadlineExceeded)
 	})

@@ -168,12 +168,12 @@ func TestSplit(t *testing.T) {
 func TestSplitLongLists(t *testing.T) {
 	h := start(t, withChunks(chunking.Params{Average: 1 << 10}), func(c *frontend.Config) {
 		c.Limits.MaxResponseBytes, c.Limits.MaxBatchBytes, c.Limits.MaxDigests, c.Limits.MaxResultBytes = 256<<10, 250<<10, 2000, 128<<10
-		c.Limits.MaxChunks, c.Limits.ChunkCalls = 15_000, 1
+		c.Limits.MaxChunks, c.Limits.ChunkCalls = 8_000, 1
 	})
 	get := func(d digest.Digest) ([]*repb.GetChunkMappingResponse, error) {
 		return h.mapping(t.Context(), &repb.GetChunkMappingRequest{BlobDigest: d.Proto(), DigestFunction: repb.DigestFunction_SHA256})
 	}
-	d := h.put(t, random(10<<20))
+	d := h.put(t, random(6<<20))
 	t.Run("CHK-17 pages", func(t *testing.T) {
 		for range 2 { // computed, and remembered
 			pages, err := get(d)
@@ -184,7 +184,7 @@ func TestSplitLongLists(t *testing.T) {
 					t.Errorf("a message of %d bytes", proto.Size(page))
 				}
 			}
-			if err != nil || len(pages) < 2 || total < 6000 {
+			if err != nil || len(pages) < 2 || total < 4000 {
 				t.Errorf("%d chunks in %d messages, %v", total, len(pages), err)
 			}
 		}
@@ -194,8 +194,8 @@ func TestSplitLongLists(t *testing.T) {
 		wantCode(t, "SplitBlob", err, codes.ResourceExhausted, "GetChunkMapping")
 	})
 	t.Run("CHK-21 too many chunks", func(t *testing.T) {
-		_, err := get(h.put(t, random(20<<20)))
-		wantCode(t, "GetChunkMapping", err, codes.ResourceExhausted, "15000")
+		_, err := get(h.put(t, random(11<<20)))
+		wantCode(t, "GetChunkMapping", err, codes.ResourceExhausted, "8000")
 	})
 }
 

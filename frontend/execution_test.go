@@ -159,7 +159,7 @@ func TestEXA_1_EXA_3_EXA_4_EXA_5_OPS_1_OPS_2_OPS_3_ExecuteRunsToItsEnd(t *testin
 	ctx := metadata.AppendToOutgoingContext(t.Context(), "build.bazel.remote.execution.v2.requestmetadata-bin",
 		string(encode(&repb.RequestMetadata{ToolInvocationId: "inv"})))
 	var stream operationStream
-	within(t, time.Second, "the first message", func() { // rows EXA-5 and WAIT-1
+	within(t, "the first message", func() { // rows EXA-5 and WAIT-1
 		stream = h.execute(ctx, t, &repb.ExecuteRequest{
 			ActionDigest: action.Proto(), ExecutionPolicy: &repb.ExecutionPolicy{Priority: -3},
 			InlineStdout: true, InlineOutputFiles: []string{"a/b.d"},

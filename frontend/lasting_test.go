@@ -30,7 +30,7 @@ func (h *harness) flood(t testing.TB, size int) {
 
 // A client that reads slowly gets all of a blob, although as much as the budget comes in meanwhile.
 func TestRD_17_EvictionDoesNotCutReads(t *testing.T) {
-	const budget = 96 << 20
+	const budget = 48 << 20
 	h := startOnBudget(t, budget)
 	conn := h.dial(t, grpc.WithInitialWindowSize(64<<10), grpc.WithInitialConnWindowSize(64<<10))
 	for form, resource := range map[string]func(digest.Digest) string{
@@ -137,7 +137,7 @@ func TestQWS_8_X_39_PartsExpire(t *testing.T) {
 
 // Uploads that are left half done stay within the budget of the store: the oldest give way.
 func TestX_39_ManyParts(t *testing.T) {
-	const budget, part = 64 << 20, 1 << 20
+	const budget, part = 24 << 20, 1 << 20
 	h := startOnBudget(t, budget)
 	found := h.put(t, random(1000))
 	var uploads []string
@@ -164,7 +164,7 @@ func TestX_39_ManyParts(t *testing.T) {
 
 // An entry of the action cache that is asked for outlives those that are not.
 func TestACG_12_UsedEntriesStay(t *testing.T) {
-	const room = 256 << 10
+	const room = 128 << 10
 	farm := brokertest.Start(t)
 	h := startOn(t, farm, func(c *frontend.Config) {
 		actions, err := actioncache.Open(t.Context(), actioncache.Config{
@@ -185,7 +185,7 @@ func TestACG_12_UsedEntriesStay(t *testing.T) {
 		return action
 	}
 	used, unused := update(), update()
-	for i := range 1500 { // several times the room
+	for i := range 750 { // several times the room
 		update()
 		if _, err := h.get(t, used); err != nil {
 			t.Fatalf("after %d others the entry that is used is gone: %v", i, err)

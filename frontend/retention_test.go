@@ -52,8 +52,8 @@ func ignoreEnd(service func(context.Context) error) func(context.Context) error 
 
 // What clients ask for stays when as much as the whole budget comes in; what nobody asks for goes.
 func TestUsedBlobsStay(t *testing.T) {
-	h := startOnBudget(t, 64<<20)
-	twin, found, batched, read, packed := random(1000), random(1000), random(1000), random(700<<10), random(700<<10)
+	h := startOnBudget(t, 24<<20)
+	twin, found, batched, read, packed := random(1000), random(1000), random(1000), random(600<<10), random(600<<10)
 	child := leaf("child")
 	root := directory(space.Of(encode(child)))
 	kept := map[string][]byte{
@@ -86,7 +86,7 @@ func TestUsedBlobsStay(t *testing.T) {
 		}
 	}
 	// Asking for the twin would keep it, so that is done once, when it must have gone.
-	for range 250 {
+	for range 90 {
 		use()
 		h.put(t, random(900<<10))
 	}

@@ -138,7 +138,7 @@ func TestOPS_5_EXA_24_Heartbeat(t *testing.T) {
 	quick := farm.ClientWith(t, broker.Config{Heartbeat: 50 * time.Millisecond})
 	h := startOn(t, farm, func(c *frontend.Config) { c.Broker = quick })
 	stream := h.execute(t.Context(), t, &repb.ExecuteRequest{ActionDigest: h.action(t).Proto()})
-	within(t, 5*time.Second, "five messages", func() {
+	within(t, "five messages", func() {
 		for range 5 {
 			if _, meta := recv(t, stream); meta.GetStage() != repb.ExecutionStage_QUEUED {
 				t.Errorf("metadata %v, want QUEUED", meta)
@@ -179,7 +179,7 @@ func TestX_109_ThousandDisconnects(t *testing.T) {
 		t.Fatal(err)
 	}
 	cancel(errors.New("gone"))
-	within(t, 5*time.Second, "the end of the handlers", func() {
+	within(t, "the end of the handlers", func() {
 		eventually(t, "no handler left", func() bool { return handlers() == 0 })
 	})
 	eventually(t, "no subscription to a status", func() bool { return h.farm.Subscriptions(t, "jetfarm.status.") == 0 })

@@ -267,7 +267,7 @@ func TestWR_34_ErrorIsImmediate(t *testing.T) {
 	h := start(t)
 	data := random(1 << 20)
 	name := uploadName(must(space.New(absent().Hash(), 1<<30)))
-	within(t, time.Second, "the refusal", func() {
+	within(t, "the refusal", func() {
 		stream, err := h.bytes.Write(t.Context())
 		if err != nil {
 			t.Fatalf("Write: %v", err)
@@ -308,7 +308,7 @@ func TestWR_26_X_38_StoreFails(t *testing.T) {
 			if err := stream.Send(&bytestream.WriteRequest{ResourceName: uploadName(space.Of(data)), Data: data[:200<<10]}); err != nil {
 				t.Fatalf("Send: %v", err)
 			}
-			within(t, time.Second, "the answer", func() {
+			within(t, "the answer", func() {
 				err := stream.RecvMsg(new(bytestream.WriteResponse))
 				wantCode(t, "Write", err, test.code)
 				if strings.Contains(err.Error(), "secret") {
@@ -341,7 +341,7 @@ func TestWR_28_X_33_ClientsLeave(t *testing.T) {
 		}
 		cancel(errors.New("gone"))
 	}
-	within(t, 2*time.Second, "the end of the handlers", func() {
+	within(t, "the end of the handlers", func() {
 		eventually(t, "no handler left", func() bool { return handlers() == 0 })
 	})
 	eventually(t, "no subscription left", func() bool { return h.farm.Subscriptions(t, "") <= subscriptions })
@@ -378,7 +378,7 @@ func TestByteStreamWrite_ConnectionDrops(t *testing.T) {
 	}
 	eventually(t, "the uploads are being served", func() bool { return handlers() >= 20 })
 	_ = conn.Close()
-	within(t, 2*time.Second, "the end of the handlers", func() {
+	within(t, "the end of the handlers", func() {
 		eventually(t, "no handler left", func() bool { return handlers() == 0 })
 	})
 }
@@ -391,13 +391,13 @@ func TestX_29_StalledUpload(t *testing.T) {
 		if err != nil {
 			t.Fatalf("Write: %v", err)
 		}
-		within(t, 2*time.Second, "the end", func() {
+		within(t, "the end", func() {
 			wantCode(t, "Write", stream.RecvMsg(new(bytestream.WriteResponse)), codes.DeadlineExceeded)
 		})
 	})
 	t.Run("X-29 silence in the middle", func(t *testing.T) {
 		stream := beginUpload(t, h.bytes, 2<<20, 1<<20)
-		within(t, 2*time.Second, "the end", func() {
+		within(t, "the end", func() {
 			wantCode(t, "Write", stream.RecvMsg(new(bytestream.WriteResponse)), codes.DeadlineExceeded)
 		})
 	})
@@ -465,7 +465,7 @@ func TestX_46_StalledReader(t *testing.T) {
 		t.Fatalf("Read: %v", err)
 	}
 	eventually(t, "the read is being served", func() bool { return handlers() > 0 })
-	within(t, 3*time.Second, "the end of the handler", func() {
+	within(t, "the end of the handler", func() {
 		eventually(t, "no handler left", func() bool { return handlers() == 0 })
 	})
 	for err == nil {

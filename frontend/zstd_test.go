@@ -383,7 +383,8 @@ func TestTooManyUploads(t *testing.T) {
 				t.Fatalf("Send: %v", err)
 			}
 			idle[i] = stream
-			eventually(t, "it is served", func() bool { return handlers() > i })
+			// It has its slot, unlike one that was refused and is not quite gone.
+			eventually(t, "the store reads it", func() bool { return goroutines("jetfarm/frontend.(*upload).Read(") > i })
 			if i == 0 {
 				err := send(packedName(d), pack(data))
 				if wantCode(t, "a second compressed one", err, codes.ResourceExhausted); len(status.Convert(err).Details()) != 1 {
