@@ -108,12 +108,13 @@ func TestPutBlackholeMidObject(t *testing.T) {
 
 // Audit row 2: what moves slowly is not cut off.
 func TestGetSlowButAlive(t *testing.T) {
+	t.Parallel()
 	f := brokertest.Start(t)
 	p := newProxy(t, f)
-	const stall = 500 * time.Millisecond
+	const stall = 2 * time.Second
 	s := open(t, objectstore.Config{Small: p.connect(t), Bulk: p.connect(t), Log: logger(t), StallTimeout: stall})
 	d, data := stored(t, s, 8<<20)
-	p.delay.Store(int64(10 * time.Millisecond)) // 64 KiB each
+	p.delay.Store(int64(40 * time.Millisecond)) // 64 KiB each
 	start := time.Now()
 	got, err := cas.ReadAll(t.Context(), s, d, d.Size())
 	if err != nil || !bytes.Equal(got, data) {
@@ -269,13 +270,13 @@ func missing(t testing.TB, s cas.Store, ds ...digest.Digest) []digest.Digest {
 	return out
 }
 
-// within checks the error of a call that may take bound and a second.
+// within checks the error of a call that may take bound, and what a busy machine adds to it.
 func within(t *testing.T, bound time.Duration, what string, want error, f func() error) {
 	t.Helper()
 	start := time.Now()
 	err := f()
-	if took := time.Since(start); took > bound+time.Second {
-		t.Errorf("%s took %v, want at most a second more than %v", what, took, bound)
+	if took := time.Since(start); took > bound+5*time.Second {
+		t.Errorf("%s took %v, want not much more than %v", what, took, bound)
 	}
 	if !errors.Is(err, want) {
 		t.Errorf("%s: error %v, want %v", what, err, want)
