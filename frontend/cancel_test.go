@@ -169,7 +169,7 @@ func TestX_111_LRO_3_LastWaiterCancels(t *testing.T) {
 				}
 				[]*harness{other, h}[i%2].mustCancel(t, name)
 			}
-			within(t, 2*time.Second, "the end for the worker", func() {
+			within(t, "the end for the worker", func() {
 				if err := <-over; !errors.Is(err, broker.ErrCancelled) {
 					t.Errorf("Guard = %v, want ErrCancelled", err)
 				}
