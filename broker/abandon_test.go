@@ -18,6 +18,7 @@ const abandonedSoon = 500 * time.Millisecond
 
 // An operation that waits in the queue is cancelled when its last watcher has left, and not before.
 func TestOPS_10_X_109_QueuedOperationIsCancelledWhenTheLastWatcherLeaves(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	first := farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon})
 	second := farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon})
@@ -50,6 +51,7 @@ func TestOPS_10_X_109_QueuedOperationIsCancelledWhenTheLastWatcherLeaves(t *test
 
 // The worker finds out that nobody watches what it runs, whoever has submitted it is dead.
 func TestOPS_10_RunningOperationIsCancelledWhenNobodyWatches(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon, Heartbeat: 100 * time.Millisecond}), worker("w1"))
@@ -83,6 +85,7 @@ func TestOPS_10_RunningOperationIsCancelledWhenNobodyWatches(t *testing.T) {
 // A watcher that is busy for longer than watchers have to answer, as with a client that takes nothing from its
 // stream, is still there: nothing is cancelled, and when it looks again it sees the end.
 func TestBusyWatcherHasNotLeft(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, farm.ClientWith(t, broker.Config{Abandoned: abandonedSoon, Heartbeat: 100 * time.Millisecond}), worker("w1"))

@@ -12,6 +12,7 @@ import (
 // TestCapacityIsThatOfTheLeases: a worker's busy slots are its live leases, however they end, and a
 // worker that has died has no slots.
 func TestCapacityIsThatOfTheLeases(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.ClientWith(t, broker.Config{AckWait: 300 * time.Millisecond})
 	q := brokertest.Queue(t, c, broker.WorkerInfo{Name: "w1", Slots: 100})

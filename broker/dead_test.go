@@ -23,6 +23,7 @@ func known(t testing.TB, c *broker.Client, workers int) {
 // TestFailedWorkerHandsTheJobOn: what a worker has failed on goes to another one while there is one
 // (row D22), and to any when there is none or the others are drained.
 func TestFailedWorkerHandsTheJobOn(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	first, second := brokertest.Queue(t, c, worker("w1")), brokertest.Queue(t, c, worker("w2"))
@@ -91,6 +92,7 @@ func TestDeathsAreAttempts(t *testing.T) {
 // TestLastDeathEndsTheOperation: when the worker of the last attempt dies, the next one that is given
 // the job ends it and does not run it.
 func TestLastDeathEndsTheOperation(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.ClientWith(t, broker.Config{AckWait: 300 * time.Millisecond})
 	operation := submit(t, c, broker.Request{Action: action(1)})
@@ -116,6 +118,7 @@ func TestLastDeathEndsTheOperation(t *testing.T) {
 // TestRetry submits the action of a letter again and removes the letter; the operation goes on although
 // nobody watches it.
 func TestRetry(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, farm.ClientWith(t, broker.Config{Abandoned: 100 * time.Millisecond, Heartbeat: 50 * time.Millisecond}), worker("w1"))
@@ -156,6 +159,7 @@ func TestRetry(t *testing.T) {
 
 // TestLettersAreBounded: one letter for each operation, listed in parts.
 func TestLettersAreBounded(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, c, worker("w1"))

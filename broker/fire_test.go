@@ -279,6 +279,7 @@ func TestCancel(t *testing.T) {
 // A watcher that is busy while many states pass sees the last one
 // (audit rows 10 and 17).
 func TestOPS_9_SlowWaiterStillGetsTerminal(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, c, worker("w1"))

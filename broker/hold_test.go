@@ -88,6 +88,7 @@ func (r *runner) finish(t testing.TB, slots, n int) {
 // TestSmallBuildPassesALargeOne: 20 actions that come after very many wait for no more than a few rounds
 // of what runs (rows EXA-27 and EXA-28).
 func TestSmallBuildPassesALargeOne(t *testing.T) {
+	t.Parallel()
 	const slots, large, small = 8, 1000, 20
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
@@ -115,6 +116,7 @@ func TestSmallBuildPassesALargeOne(t *testing.T) {
 
 // TestBuildsGetEqualShares: whatever each has waiting, and through whichever process it came.
 func TestBuildsGetEqualShares(t *testing.T) {
+	t.Parallel()
 	const builds, slots, most = 10, 4, 200
 	farm := brokertest.Start(t)
 	clients := []*broker.Client{farm.Client(t), farm.Client(t)}
@@ -250,6 +252,7 @@ func TestTenantsHaveBoundsOfTheirOwn(t *testing.T) {
 
 // TestLostNewsOfTakenJobs: the queue goes on although no worker tells that it has taken jobs.
 func TestLostNewsOfTakenJobs(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	const n = 40

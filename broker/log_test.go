@@ -187,6 +187,7 @@ func TestLogReadersLeave(t *testing.T) {
 // A reader is nobody who waits for the operation: what only readers follow is cancelled, and what
 // the action had written until then can be named after that, once.
 func TestLogOfAnAbandonedOperation(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.ClientWith(t, broker.Config{Abandoned: time.Second, Heartbeat: 200 * time.Millisecond})
 	q := brokertest.Queue(t, c, worker("w1"))

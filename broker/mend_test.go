@@ -97,6 +97,7 @@ func TestUndeclaredPropertiesMakeNoPools(t *testing.T) {
 // TestLateAnswerIsNotTaken: a job that an answer brings after its pull was given up goes to another
 // worker, and is not taken by the one that asked for it long ago.
 func TestLateAnswerIsNotTaken(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	p := startProxy(t, strings.TrimPrefix(farm.URL(), "nats://"))
 	other := farm.ClientWith(t, broker.Config{AckWait: time.Second})
@@ -134,6 +135,7 @@ func TestLateAnswerIsNotTaken(t *testing.T) {
 // TestJobThatComesAsAWorkerLooks: it is found soon, whatever the broker says while it tells its consumers,
 // and does not depend on the worker's looking again a second later.
 func TestJobThatComesAsAWorkerLooks(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	q := brokertest.Queue(t, farm.Client(t), worker("w1"))
@@ -167,6 +169,7 @@ func TestNextEndsWithItsContext(t *testing.T) {
 // pauseFor lets time pass that a fault needs to show.
 // TestOutageDuringSubmit: what reaches the broker after its sender has given up has an end, too.
 func TestOutageDuringSubmit(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	p := startProxy(t, strings.TrimPrefix(farm.URL(), "nats://"))
 	c := farm.ClientAt(t, p.url(), broker.Config{Reconcile: time.Hour})

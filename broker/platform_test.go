@@ -184,6 +184,7 @@ func TestList(t *testing.T) {
 
 // TestCluster: operations work on three servers with three copies, and go on after one has died.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	cluster := brokertest.StartCluster(t, 3)
 	c := cluster[0].ClientWith(t, broker.Config{Replicas: 3})
 	if c.Replicas() != 3 {
@@ -208,6 +209,7 @@ func TestCluster(t *testing.T) {
 
 // TestOpenWaitsForTheCluster: a process may be started before the broker knows all of its cluster's servers.
 func TestOpenWaitsForTheCluster(t *testing.T) {
+	t.Parallel()
 	cluster := brokertest.StartCluster(t, 3)
 	cluster[0].ClientWith(t, broker.Config{Replicas: 3})
 	c, err := broker.New(broker.Config{Conn: cluster[0].Connect(t), Replicas: 5, Log: quiet})

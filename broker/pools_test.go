@@ -89,6 +89,7 @@ func TestPoolsAreAsFewAsTheKindsOfWorkers(t *testing.T) {
 // Row EXA-24: an action for workers that are not there now waits for one, says so, and does not run on
 // workers that never had what it asks for.
 func TestPoolThatIsScaledToZeroWakes(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	t.Run("the worker that leaves", func(t *testing.T) {
@@ -211,6 +212,7 @@ func TestStrangersMakeNoPools(t *testing.T) {
 
 // Pools that nobody uses make room for others, and whoever uses one again finds it.
 func TestPoolsThatNobodyUsesGo(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c, other := farm.Client(t), farm.Client(t) // do not remove so soon, but have to hear of it
 	q := brokertest.Queue(t, other, offers(t, "w", append(shapes(20, 99), "kind=a")...))
@@ -246,6 +248,7 @@ func TestPoolsThatNobodyUsesGo(t *testing.T) {
 
 // Jobs that come while their pool is removed run, however the two meet.
 func TestPoolsGoWhileJobsCome(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	cfg := broker.Config{PoolIdle: 20 * time.Millisecond, Heartbeat: 300 * time.Millisecond, MendAfter: time.Millisecond}
 	clients := []*broker.Client{farm.ClientWith(t, cfg), farm.ClientWith(t, cfg)}

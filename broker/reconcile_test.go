@@ -231,6 +231,7 @@ func TestReconcilingCostsNoHistory(t *testing.T) {
 // When nobody knows whether the record of an operation is stored, its flight stays: a record without a flight
 // is found by nobody and would wait for days.
 func TestFlightStaysWhenTheRecordMayBeThere(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Deaf(t, broker.Config{})
 	js := must(jetstream.New(farm.Connect(t)))

@@ -19,6 +19,7 @@ import (
 
 // TestHoldersThatSpeakNonsense change nothing for others.
 func TestHoldersThatSpeakNonsense(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	for i := range 60 {
@@ -43,6 +44,7 @@ func TestHoldersThatSpeakNonsense(t *testing.T) {
 // TestLostNewsAmongOthers: a process goes on although it was not told that its jobs were taken, while
 // another one keeps the same lanes full.
 func TestLostNewsAmongOthers(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	c, other := farm.Client(t), farm.Client(t)
 	mine := map[string]bool{}
@@ -73,6 +75,7 @@ func TestLostNewsAmongOthers(t *testing.T) {
 
 // TestStopWhileTheBrokerIsSilent does not try to let everything in first.
 func TestStopWhileTheBrokerIsSilent(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	p := startProxy(t, strings.TrimPrefix(farm.URL(), "nats://"))
 	nc, err := broker.Connect(t.Context(), broker.ConnectConfig{Servers: []string{p.url()}, Name: "frontend", Log: farm.Log()})
@@ -139,6 +142,7 @@ func acquainted(t *testing.T, clients ...*broker.Client) {
 // TestOrphansHaveOneHeir: of several that look for what a dead holder held one takes each job over, so that
 // an instance name does not seem to have more than it has.
 func TestOrphansHaveOneHeir(t *testing.T) {
+	t.Parallel()
 	farm := brokertest.Start(t)
 	clients := []*broker.Client{farm.Client(t), farm.Client(t), farm.Client(t)}
 	var before []int
@@ -169,6 +173,7 @@ func TestOrphansHaveOneHeir(t *testing.T) {
 
 // TestTenantsGetEqualShares: whatever number of builds each has, and through whichever process.
 func TestTenantsGetEqualShares(t *testing.T) {
+	t.Parallel()
 	const slots = 4
 	farm := brokertest.Start(t)
 	clients := []*broker.Client{farm.Client(t), farm.Client(t)}
