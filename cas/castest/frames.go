@@ -72,7 +72,7 @@ func testFrameOffsets(t *testing.T, s cas.Store) {
 
 // testFrameShapes reads in odd ways, through io.WriterTo too, and closes early.
 func testFrameShapes(t *testing.T, s cas.Store) {
-	d, data := added(t, s, Space(t, ""), 3<<20+3)
+	d, data := added(t, s, Space(t, ""), 1<<20+3)
 	open := func() io.ReadCloser {
 		r, err := cas.OpenFrames(t.Context(), s, d, 0)
 		if err != nil {
@@ -149,7 +149,7 @@ func testFramesCompress(t *testing.T, s cas.Store) {
 }
 
 func testFramesDoneContext(t *testing.T, s cas.Store) {
-	for _, size := range []int{1000, 4 << 20} {
+	for _, size := range []int{1000, 2 << 20} {
 		d, _ := added(t, s, Space(t, ""), size)
 		soon(t, "OpenFrames with a context that has ended", func() {
 			r, err := cas.OpenFrames(cancelled(t), s, d, 0)

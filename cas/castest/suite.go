@@ -59,7 +59,7 @@ func Run(t *testing.T, open func(testing.TB) cas.Store) {
 const patience = 20 * time.Second
 
 // sizes are lengths around the one of a chunk of the object store.
-func sizes() []int { return []int{1, 2, 1 << 10, 512<<10 - 1, 512 << 10, 512<<10 + 1, 3 << 20} }
+func sizes() []int { return []int{1, 2, 1 << 10, 512<<10 - 1, 512 << 10, 512<<10 + 1, 3 * 512 << 10} }
 
 // Space is a key space with the default digest function.
 func Space(t testing.TB, instance string) digest.Space {
