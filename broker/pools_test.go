@@ -89,7 +89,6 @@ func TestPoolsAreAsFewAsTheKindsOfWorkers(t *testing.T) {
 // Row EXA-24: an action for workers that are not there now waits for one, says so, and does not run on
 // workers that never had what it asks for.
 func TestPoolThatIsScaledToZeroWakes(t *testing.T) {
-	t.Parallel()
 	farm := brokertest.Start(t)
 	c := farm.Client(t)
 	t.Run("the worker that leaves", func(t *testing.T) {
