@@ -3,7 +3,6 @@ package integration_test
 import (
 	"errors"
 	"fmt"
-	"net"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -113,10 +112,7 @@ func BenchmarkExecuteCluster(b *testing.B) {
 func startCluster(t testing.TB) *splitFarm {
 	t.Helper()
 	f := &splitFarm{data: dataDir(t)}
-	routes, urls := make([]string, 3), make([]string, 3)
-	for i := range routes {
-		routes[i] = "127.0.0.1:" + strconv.Itoa(unusedPort(t))
-	}
+	routes, urls := freeAddresses(t, 3), make([]string, 3)
 	brokers := make([]*process, len(routes))
 	var started errgroup.Group
 	for i := range brokers {
@@ -138,14 +134,4 @@ func startCluster(t testing.TB) *splitFarm {
 	f.workers = []*process{start(t, "worker", "worker", "--nats", all, "--data", filepath.Join(f.data, "worker"),
 		"--http", "127.0.0.1:0", "--concurrency", strconv.Itoa(slots))}
 	return f
-}
-
-func unusedPort(t testing.TB) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it is closed at once
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
 }

@@ -2,7 +2,6 @@ package integration_test
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -44,7 +43,7 @@ func startChaosFarm(t *testing.T, nodes int) *chaosFarm {
 	t.Helper()
 	f := &chaosFarm{}
 	data := dataDir(t)
-	clients, routes, monitors := freePorts(t, nodes), freePorts(t, nodes), freePorts(t, nodes)
+	clients, routes, monitors := freeAddresses(t, nodes), freeAddresses(t, nodes), freeAddresses(t, nodes)
 	for i := range nodes {
 		f.nats = append(f.nats, "nats://"+clients[i])
 		f.monitors = append(f.monitors, "http://"+monitors[i])
@@ -60,7 +59,7 @@ func startChaosFarm(t *testing.T, nodes int) *chaosFarm {
 	for _, b := range f.brokers {
 		b.start(t)
 	}
-	replicas, ports := nodes, freePorts(t, 2)
+	replicas, ports := nodes, freeAddresses(t, 2)
 	for i, port := range ports {
 		r := &role{name: "frontend" + strconv.Itoa(i)}
 		r.args = []string{
@@ -123,21 +122,6 @@ func natsConfig(t *testing.T, data, name, monitor string) string {
 		t.Fatal(err)
 	}
 	return path
-}
-
-// freePorts returns loopback addresses that were free a moment ago.
-func freePorts(t testing.TB, n int) []string {
-	t.Helper()
-	var addresses []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // closed at the end of this function
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		addresses = append(addresses, l.Addr().String())
-	}
-	return addresses
 }
 
 // mountSmall makes a folder a file system that is soon full, if this machine lets the test do so.

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,7 +80,8 @@ func startDocker(t *testing.T) *docker {
 		}
 	}
 	dir := dataDir(t)
-	d := &docker{dir: dir, socket: filepath.Join(dir, "docker.sock"), config: filepath.Join(dir, "config"), grpc: freePort(t), http: freePort(t)}
+	ports := freePorts(t, 2)
+	d := &docker{dir: dir, socket: filepath.Join(dir, "docker.sock"), config: filepath.Join(dir, "config"), grpc: ports[0], http: ports[1]}
 	d.installCompose(t)
 
 	//nolint:noctx // ended by a signal, so that it unmounts what it has mounted
@@ -226,21 +226,4 @@ func (d *docker) logs() string {
 		return fmt.Sprintf("%s(%v)", out, err)
 	}
 	return string(out)
-}
-
-// freePort returns a port that nobody listens on now.
-func freePort(t *testing.T) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it is closed at once
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := listener.Close(); err != nil {
-		t.Fatal(err)
-	}
-	_, port, err := net.SplitHostPort(listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	return port
 }

@@ -1,8 +1,8 @@
 package brokertest
 
 import (
-	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"strconv"
 	"testing"
@@ -32,12 +32,17 @@ func StartCluster(t testing.TB, n int) []*Farm {
 	return farms
 }
 
+// freeAddress is a port that nobody listens on, below those that the system gives to connections.
 func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(fmt.Errorf("free port: %w", err))
+	for range 100 {
+		address := "127.0.0.1:" + strconv.Itoa(10_000+rand.IntN(20_000))
+		l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", address)
+		if err == nil {
+			_ = l.Close()
+			return address
+		}
 	}
-	defer l.Close() //nolint:errcheck // the port is free again either way
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
