@@ -28,19 +28,22 @@ func TestNoLockAcrossIO(t *testing.T) {
 	p.stall()
 	var waiting errgroup.Group
 	var returned atomic.Int64
-	calls := []func(){
-		func() { _, _ = c.Submit(t.Context(), broker.Request{Action: action(2)}) },
-		func() { _ = c.Cancel(t.Context(), running) },
-		func() { _, _ = c.Get(t.Context(), running) },
-		func() { _, _, _ = c.List(t.Context(), 10, "") },
-		func() { _, _ = c.Pools(t.Context()) },
-		func() { _ = lease.Settle(t.Context(), outcome(0)) },
+	calls := []func() error{
+		func() error { _, err := c.Submit(t.Context(), broker.Request{Action: action(2)}); return err },
+		func() error { return c.Cancel(t.Context(), running) },
+		func() error { _, err := c.Get(t.Context(), running); return err },
+		func() error { _, _, err := c.List(t.Context(), 10, ""); return err },
+		func() error { _, err := c.Pools(t.Context()); return err },
+		func() error { return lease.Settle(t.Context(), outcome(0)) },
 	}
 	for _, call := range calls {
 		waiting.Go(func() error {
-			call()
+			err := call()
 			returned.Add(1)
-			return nil
+			if errors.Is(err, broker.ErrLost) { // the cancel was first
+				return nil
+			}
+			return err
 		})
 	}
 	for range 1000 {
@@ -74,23 +77,20 @@ func TestSubUnsubPublishStress(t *testing.T) {
 	ctx, stop := context.WithCancelCause(t.Context())
 	defer stop(over)
 	working.Go(func() error {
-		for {
-			l, err := q.Next(ctx)
-			if errors.Is(err, over) {
-				return nil
+		err := error(nil)
+		for err == nil || errors.Is(err, broker.ErrLost) {
+			var l *broker.Lease
+			if l, err = q.Next(ctx); err != nil {
+				break
 			}
-			if err != nil {
-				return err
-			}
-			if err := l.Begin(t.Context()); errors.Is(err, broker.ErrLost) {
-				continue
-			} else if err != nil {
-				return err
-			}
-			if err := l.Settle(t.Context(), outcome(0)); err != nil && !errors.Is(err, broker.ErrLost) {
-				return err
+			if err = l.Begin(ctx); err == nil {
+				err = l.Settle(ctx, outcome(0))
 			}
 		}
+		if errors.Is(err, over) {
+			return nil
+		}
+		return err
 	})
 	for s := range submitters {
 		submitting.Go(func() error {
