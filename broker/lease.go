@@ -138,8 +138,7 @@ func (l *Lease) begin(ctx context.Context) (*record, uint64, error) {
 // Guard blocks until ctx ends, whose cause it returns, or the lease is over: ErrCancelled when the
 // operation was cancelled, which Guard itself does when nobody has watched it for a while, ErrLost when
 // another attempt began or ended it, or it was taken from this worker. A lease that is over is not renewed
-// any more. Guard follows Begin and must have returned before Settle or Return is
-// called.
+// any more. Guard follows Begin and must have returned before Settle or Return is called.
 func (l *Lease) Guard(ctx context.Context) (err error) {
 	defer func() { l.over.Store(errors.Is(err, ErrLost) || errors.Is(err, ErrCancelled)) }()
 	op := &Operation{Name: l.record.Operation, Revision: l.begun}

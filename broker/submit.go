@@ -52,8 +52,8 @@ const maxInvocation = 128
 const flightGrace = 10 * time.Second
 
 // Submit queues an action and returns the name of its operation, or of an equal one in flight, which
-// runs for both. By this name nobody cancels for himself alone. Once it returns a name, the operation ends in a terminal state whatever happens to
-// this process. The error wraps ErrInvalid, ErrNoWorker, ErrTooManyPools, ErrQueueFull or
+// runs for both. By this name nobody cancels for himself alone. Once it returns a name, the operation ends in
+// a terminal state whatever happens to this process. The error wraps ErrInvalid, ErrNoWorker, ErrTooManyPools, ErrQueueFull or
 // ErrUnavailable, or is Confirm's.
 func (c *Client) Submit(ctx context.Context, r Request) (operation string, err error) {
 	rec := newRecord(&r)

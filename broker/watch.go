@@ -33,8 +33,7 @@ func (c *Client) get(ctx context.Context, operation, waiter string) (*Operation,
 }
 
 // Watch yields the current state of an operation, or as one of its waiters sees it, at once and then newer ones
-// as they come. A consumer
-// that is slow misses states in between, never the terminal one, which is the last value. A state
+// as they come. A consumer that is slow misses states in between, never the terminal one, which is the last value. A state
 // that does not change is repeated every Config.Heartbeat, after it was read again. An error is
 // the last value too: it wraps ErrNotFound for an operation that does not exist or was deleted, and
 // context.Cause(ctx) once ctx has ended. An unreachable broker is not an error: the watcher waits.

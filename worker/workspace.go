@@ -166,12 +166,16 @@ func (w *workspace) pristineDir(name string) bool {
 		return false
 	}
 	var entries [1024]byte // enough for one name beside "." and ".."
-	n, err := unix.ReadDirent(fd, entries[:])
-	if err != nil {
-		return false
+	for {
+		n, err := unix.ReadDirent(fd, entries[:])
+		if err != nil || n == 0 {
+			return err == nil
+		}
+		// A file system may give less than all that it has room for.
+		if _, _, names := unix.ParseDirent(entries[:n], 1, nil); len(names) > 0 {
+			return false
+		}
 	}
-	_, _, names := unix.ParseDirent(entries[:n], 1, nil)
-	return len(names) == 0
 }
 
 // emptyFile empties a file for the next job, unless it has another name, another attribute or is still
